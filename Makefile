@@ -1,0 +1,76 @@
+# Two commands to try it:  make demo   and   make test.  Everything lives in .venv; `make clean` forgets all of it.
+PYTHON      ?= $(shell command -v python3.11 || command -v python3)
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP_FLAGS   ?=
+EXTRAS      ?= dev,docs,onnx,openvino
+DEMO_OUT    ?= secateur-demo
+MARKS       ?= not slow
+WORKERS     ?= 2
+
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS)
+
+.PHONY: help demo test install lint format docs build wheel-check clean
+
+help:
+	@echo "make demo      compress a small model and write $(DEMO_OUT)/report.html"
+	@echo "make test      unit, contract and short real tests (MARKS='not slow'; slow ones: MARKS=slow)"
+	@echo "make install   .venv with every development tool (EXTRAS=$(EXTRAS))"
+	@echo "make lint      ruff, mypy --strict, import directions;  make format applies ruff's fixes"
+	@echo "make docs      the documentation site in site/, warnings are errors"
+	@echo "make build     wheel and sdist in dist/;  make wheel-check installs the wheel in a new environment"
+	@echo "make clean     remove .venv, build products and caches"
+
+# The newest of the stamps says what is installed: the second `make` installs nothing.
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "secateur needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
+	@echo "Installing secateur into $(VENV) (once, a few minutes) ..."
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
+	@echo "Installing secateur and its development tools into $(VENV) (once, a few minutes) ..."
+	$(INSTALL) -e ".[$(EXTRAS)]"
+	@touch $@ $(VENV)/.base
+
+install: $(VENV)/.dev
+
+demo: $(VENV)/.base
+	$(BIN)/secateur demo --out $(DEMO_OUT)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) -m "$(MARKS)"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict --quiet
+
+build: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+# What a user gets: the wheel with its base dependencies only, away from the checkout.
+wheel-check: build
+	rm -rf build/wheel-check
+	$(PYTHON) -m venv build/wheel-check
+	build/wheel-check/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS) dist/*.whl
+	cd build && wheel-check/bin/python -I -c "import secateur; print('secateur', secateur.__version__, *(getattr(secateur, name) for name in ('compress', 'Optin')))"
+	cd build && wheel-check/bin/secateur --help > /dev/null
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,72 @@
+"""Prune pre-trained transformers to a budget, and measure what came out.
+
+Importing it registers the plug-in that lets `AutoModelFor….from_pretrained` open secateur folders; every other module is
+loaded when a public name of it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import secateur.hub as _plug_in  # noqa: F401  (registers with transformers)
+
+if TYPE_CHECKING:
+    from secateur import families
+    from secateur.api import compress, evaluate, export, finetune, measure
+    from secateur.edits import Slice, apply_edits
+    from secateur.methods.optin import Optin
+    from secateur.methods.ptf import Ptf
+    from secateur.results import Result
+    from secateur.subnetwork import SubNetwork
+    from secateur.tasks import Task, load_task
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Optin": "methods.optin",
+    "Ptf": "methods.ptf",
+    "Result": "results",
+    "Slice": "edits",
+    "SubNetwork": "subnetwork",
+    "Task": "tasks",
+    "apply_edits": "edits",
+    "compress": "api",
+    "evaluate": "api",
+    "export": "api",
+    "finetune": "api",
+    "load_task": "tasks",
+    "measure": "api",
+}
+
+__all__ = [
+    "Optin",
+    "Ptf",
+    "Result",
+    "Slice",
+    "SubNetwork",
+    "Task",
+    "__version__",
+    "apply_edits",
+    "compress",
+    "evaluate",
+    "export",
+    "families",
+    "finetune",
+    "load_task",
+    "measure",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "families":
+        return import_module("secateur.families")
+    if name not in _HOME:
+        raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+    value = getattr(import_module(f"secateur.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

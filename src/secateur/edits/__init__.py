@@ -1,0 +1,74 @@
+"""Edits: serialisable changes of a model, applied by one function both after compression and before loading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from secateur.edits.slice import Slice
+from secateur.errors import InvalidModel
+
+__all__ = ["EDITS", "Edit", "Slice", "apply_edits", "edits_from_dicts", "merge"]
+
+
+class Edit(Protocol):
+    """A change of a model that can be written to JSON and applied again."""
+
+    type: str
+
+    def apply(self, model: nn.Module, *, empty: bool = False) -> None:
+        """Change the model in place; with `empty=True` only shapes matter (the weights are read afterwards)."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, with the edit's name under "type"."""
+        ...
+
+
+EDITS: dict[str, type[Slice]] = {"slice": Slice}
+
+
+def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False) -> nn.Module:
+    """Apply edits in order, in place.
+
+    Args:
+        model: a transformers model of a known family.
+        edits: changes, each written in the units that the earlier ones leave.
+        empty: True before weights are read: only shapes and behaviour are changed.
+
+    Returns:
+        The same model.
+    """
+    for edit in edits:
+        edit.apply(model, empty=empty)
+    return model
+
+
+def merge(edits: Sequence[Edit]) -> list[Edit]:
+    """The same change with neighbouring slices joined into one."""
+    merged: list[Edit] = []
+    for edit in edits:
+        if merged and isinstance(edit, Slice) and isinstance(merged[-1], Slice):
+            merged[-1] = Slice(merged[-1].subnetwork.then(edit.subnetwork))
+        else:
+            merged.append(edit)
+    return merged
+
+
+def edits_from_dicts(dicts: object) -> list[Edit]:
+    """Read the edits of a config block.
+
+    Raises:
+        InvalidModel: not a list of objects, an unknown edit, an unknown or missing key.
+    """
+    if not isinstance(dicts, list):
+        raise InvalidModel("config.json: 'edits' must be a list.")
+    edits: list[Edit] = []
+    for data in dicts:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if kind not in EDITS:
+            raise InvalidModel(f"config.json: unknown edit {kind!r}; this version knows {sorted(EDITS)}: upgrade secateur.")
+        edits.append(EDITS[kind].from_dict(data))
+    return edits

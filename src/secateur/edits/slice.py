@@ -1,0 +1,59 @@
+"""`Slice`: remove heads and neurons for good, so that the tensors are smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from secateur.errors import InvalidModel, SecateurError
+from secateur.families import axis, sites
+from secateur.quirks import after_slice, shorten, unit_index
+from secateur.subnetwork import SubNetwork
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Keep only the units of a sub-network; layers may end with different widths, or with no heads or neurons at all."""
+
+    subnetwork: SubNetwork
+    type: ClassVar[str] = "slice"
+
+    def apply(self, model: nn.Module, *, empty: bool = False) -> None:
+        """Shorten every tensor that the family table names, in place.
+
+        Args:
+            model: the model whose units the sub-network lists.
+            empty: accepted for the protocol; shapes on the meta device are cut the same way.
+
+        Raises:
+            SecateurError: the sub-network does not fit the model.
+        """
+        found = sites(model)
+        self.subnetwork.check_fits(found)
+        masks = (*self.subnetwork.heads, *self.subnetwork.neurons)
+        for site, mask in zip(found, masks, strict=True):
+            if all(mask):
+                continue
+            kept = [i for i, keep in enumerate(mask) if keep]
+            for module, cut in site.cuts:
+                dimension = axis(module, cut.side)
+                index = unit_index(kept, site.units, module.weight.shape[dimension], cut.parts)  # type: ignore[index,union-attr]
+                shorten(module, dimension, index, bias=cut.side == "out")
+            after_slice(site, kept, found.family.quirk)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type, **self.subnetwork.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Slice:
+        """Inverse of `to_dict`.
+
+        Raises:
+            InvalidModel: unknown or missing keys, or masks that cannot be read.
+        """
+        try:
+            return cls(SubNetwork.from_dict({key: value for key, value in data.items() if key != "type"}))
+        except (SecateurError, TypeError) as error:
+            raise InvalidModel(f"config.json: the slice edit cannot be read: {error}") from None

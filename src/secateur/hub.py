@@ -1,0 +1,262 @@
+"""Folders that plain `AutoModelFor….from_pretrained` opens: the transformers plug-in, opening and saving.
+
+Edits travel in `config.json` as `quantization_config = {"quant_method": "secateur", "version": 1, "edits": [...]}`. Importing
+secateur registers the plug-in that shapes the empty model by them before transformers reads the weights. Without the import,
+transformers finds tensors of other shapes than it expects and refuses the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from secateur.edits import Edit, apply_edits, edits_from_dicts, merge
+from secateur.errors import InvalidModel, SecateurError
+
+QUANT_METHOD = "secateur"
+FORMAT_VERSION = 1
+_DIGEST = "secateur_edits"
+
+HEADS: dict[str, Any] = {
+    "base": AutoModel,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+
+
+@register_quantization_config(QUANT_METHOD)
+class SecateurConfig(QuantizationConfigMixin):
+    """The block that secateur writes into `config.json`.
+
+    Args:
+        version: format of the block; other versions are refused.
+        edits: the edits in order, as dictionaries.
+
+    Raises:
+        InvalidModel: an unknown version, key or edit.
+    """
+
+    def __init__(
+        self, version: int = 0, edits: object = None, quant_method: str = QUANT_METHOD, **unknown: object
+    ) -> None:
+        if version != FORMAT_VERSION:
+            raise InvalidModel(
+                f"config.json: secateur format version {version!r} is not {FORMAT_VERSION}: install the secateur that wrote it."
+            )
+        if unknown:
+            raise InvalidModel(f"config.json: unknown keys {sorted(unknown)} in the secateur block: upgrade secateur.")
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.version = version
+        self.edits: list[Edit] = edits_from_dicts(edits)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": self.version,
+            "edits": [edit.to_dict() for edit in self.edits],
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    @property
+    def digest(self) -> str:
+        """Hash of the edits, stored beside the weights so that a changed config is noticed."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+@register_quantizer(QUANT_METHOD)
+class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Shapes the empty model by its edits before transformers reads the weights."""
+
+    quantization_config: SecateurConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for file in kwargs.get("checkpoint_files") or ():
+            self._check_digest(Path(file))
+        return apply_edits(model, self.quantization_config.edits, empty=True)
+
+    def _check_digest(self, file: Path) -> None:
+        if file.suffix != ".safetensors":
+            raise InvalidModel(f"{file.name} is not a safetensors file: secateur opens no pickled weights.")
+        with safe_open(file, framework="pt") as weights:
+            stored = (weights.metadata() or {}).get(_DIGEST)
+        if stored is not None and stored != self.quantization_config.digest:
+            raise InvalidModel(
+                f"The edits in config.json are not those {file.name} was saved with: restore config.json or compress again."
+            )
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        return None, {_DIGEST: self.quantization_config.digest}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """A sliced model is an ordinary dense model: `Trainer` may train all of it."""
+        return True
+
+
+def edits_of(model: nn.Module) -> list[Edit]:
+    """The edits a model carries, in order; empty for a model that secateur did not change."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return list(config.edits) if isinstance(config, SecateurConfig) else []
+
+
+def attach(model: nn.Module, edits: Sequence[Edit]) -> None:
+    """Record edits that were just applied to the model after those it carries, so that `save_pretrained` writes them."""
+    merged = merge([*edits_of(model), *edits])
+    config = SecateurConfig(FORMAT_VERSION, [edit.to_dict() for edit in merged])
+    quantizer = SecateurQuantizer(config)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    quantizer.postprocess_model(model)
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+
+
+def open_model(source: str | Path, head: str = "sequence-classification", **options: Any) -> PreTrainedModel:
+    """`AutoModelFor….from_pretrained` with one-line errors; folders and hub ids, safetensors only.
+
+    Args:
+        source: a folder, or a hub id.
+        head: a key of `HEADS`.
+        options: passed to `from_pretrained`; `dtype` defaults to float32.
+
+    Raises:
+        InvalidModel: no model there, damaged or pickled weights, a config that does not fit the weights.
+    """
+    what = str(source)
+    _check_folder(Path(source), what)
+    options = {"dtype": torch.float32, "use_safetensors": True} | options
+    try:
+        model = HEADS[head].from_pretrained(what, **options)
+    except SecateurError:
+        raise
+    except SafetensorError as error:
+        raise InvalidModel(f"The weights in '{what}' are damaged ({error}): download or compress again.") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InvalidModel(f"'{what}' cannot be opened: {_first_line(error)}") from None
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained` with a one-line error.
+
+    Raises:
+        InvalidModel: there is no tokenizer.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:  # tokenizers raise bare exceptions on damaged files
+        raise InvalidModel(f"'{source}' has no usable tokenizer: {_first_line(error)}") from None
+
+
+def _check_folder(folder: Path, what: str) -> None:
+    """Refuse what transformers would take minutes, or a pickle, to find out about a local path."""
+    if folder.is_file():
+        raise InvalidModel(f"'{what}' is a file: name the folder that holds config.json and model.safetensors.")
+    if not folder.is_dir():
+        if what.startswith((".", "/", "~")) or what.count("/") > 1:
+            raise InvalidModel(f"There is no folder '{what}'.")
+        return
+    if not (folder / "config.json").is_file():
+        raise InvalidModel(f"'{what}' is no model folder: it has no config.json.")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise InvalidModel(
+                f"'{what}' has only pickled weights ({pickles[0]}), which can run code: convert them to safetensors first."
+            )
+        raise InvalidModel(f"'{what}' has no model.safetensors.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def save_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
+    """Write a folder whole or not at all: `write` fills a temporary sibling, which then takes the folder's place.
+
+    If anything fails on the way (a full disk, a signal), an existing folder stays as it was.
+
+    Args:
+        folder: the target.
+        write: fills the empty folder it is given.
+
+    Returns:
+        The target.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise SecateurError(f"'{folder}' is a file: name a folder to write to.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        write(fresh)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise SecateurError(f"'{folder}' was not written ({error.strerror or error}); what was there is untouched.") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def save_model(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, card: str | None = None
+) -> Path:
+    """Save model, tokenizer and model card as one folder, whole or not at all."""
+
+    def write(fresh: Path) -> None:
+        try:
+            model.save_pretrained(fresh)
+        except SafetensorError as error:  # safetensors reports a full disk as its own error
+            raise OSError(str(error)) from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        if card is not None:
+            (fresh / "README.md").write_text(card, encoding="utf-8")
+
+    return save_folder(folder, write)
+
+
+def load_config(source: str | Path) -> Any:
+    """The transformers configuration of a folder or hub id."""
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise InvalidModel(f"'{source}' cannot be opened: {_first_line(error)}") from None
