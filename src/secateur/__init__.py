@@ -1,7 +1,7 @@
 """Prune pre-trained transformers to a budget, and measure what came out.
 
-Importing it registers the plug-in that lets `AutoModelFor….from_pretrained` open secateur folders; every other module is
-loaded when a public name of it is first used.
+Importing it registers the plug-in that lets `AutoModelFor….from_pretrained` open secateur folders; every other
+module is loaded when a public name of it is first used.
 """
 
 from __future__ import annotations

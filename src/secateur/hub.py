@@ -12,15 +12,15 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -36,12 +36,6 @@ from secateur.errors import InvalidModel, SecateurError
 QUANT_METHOD = "secateur"
 FORMAT_VERSION = 1
 _DIGEST = "secateur_edits"
-
-HEADS: dict[str, Any] = {
-    "base": AutoModel,
-    "sequence-classification": AutoModelForSequenceClassification,
-    "image-classification": AutoModelForImageClassification,
-}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -139,12 +133,12 @@ def attach(model: nn.Module, edits: Sequence[Edit]) -> None:
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
 
 
-def open_model(source: str | Path, head: str = "sequence-classification", **options: Any) -> PreTrainedModel:
+def open_model(source: str | Path, cls: Any = AutoModelForSequenceClassification, **options: Any) -> PreTrainedModel:
     """`AutoModelFor….from_pretrained` with one-line errors; folders and hub ids, safetensors only.
 
     Args:
         source: a folder, or a hub id.
-        head: a key of `HEADS`.
+        cls: the transformers class to open it with.
         options: passed to `from_pretrained`; `dtype` defaults to float32.
 
     Raises:
@@ -154,15 +148,29 @@ def open_model(source: str | Path, head: str = "sequence-classification", **opti
     _check_folder(Path(source), what)
     options = {"dtype": torch.float32, "use_safetensors": True} | options
     try:
-        model = HEADS[head].from_pretrained(what, **options)
+        model = cls.from_pretrained(what, **options)
     except SecateurError:
         raise
     except SafetensorError as error:
         raise InvalidModel(f"The weights in '{what}' are damaged ({error}): download or compress again.") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InvalidModel(f"'{what}' cannot be opened: {_first_line(error)}") from None
-    assert isinstance(model, PreTrainedModel)
-    return model
+    return cast(PreTrainedModel, model)
+
+
+def open_any(source: str | Path) -> PreTrainedModel:
+    """Open a folder or hub id with the class its config names, so that every weight has a place.
+
+    Raises:
+        InvalidModel: as `open_model`.
+    """
+    _check_folder(Path(source), str(source))
+    try:
+        names = AutoConfig.from_pretrained(str(source)).architectures or []
+    except (OSError, ValueError) as error:
+        raise InvalidModel(f"'{source}' cannot be opened: {_first_line(error)}") from None
+    named = [getattr(transformers, name, None) for name in names]
+    return open_model(source, next((cls for cls in named if cls is not None), AutoModel))
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -236,27 +244,20 @@ def save_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def save_model(
-    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, card: str | None = None
-) -> Path:
-    """Save model, tokenizer and model card as one folder, whole or not at all."""
-
-    def write(fresh: Path) -> None:
-        try:
-            model.save_pretrained(fresh)
-        except SafetensorError as error:  # safetensors reports a full disk as its own error
-            raise OSError(str(error)) from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        if card is not None:
-            (fresh / "README.md").write_text(card, encoding="utf-8")
-
-    return save_folder(folder, write)
-
-
-def load_config(source: str | Path) -> Any:
-    """The transformers configuration of a folder or hub id."""
+def write_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, card: str | None = None
+) -> None:
+    """Write model, tokenizer and model card into a folder."""
     try:
-        return AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"'{source}' cannot be opened: {_first_line(error)}") from None
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # safetensors reports a full disk as its own error
+        raise OSError(str(error)) from error
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Path:
+    """Save model and tokenizer as one folder, whole or not at all."""
+    return save_folder(folder, lambda fresh: write_model(fresh, model, tokenizer))

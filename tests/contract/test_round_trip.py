@@ -144,7 +144,7 @@ def test_bad_folders_get_one_line(tmp_path: Path) -> None:
 
 def test_failed_save_keeps_the_old_folder(tmp_path: Path) -> None:
     model = sliced("bert")
-    folder = hub.save_model(tmp_path / "out", model, None, "first")  # type: ignore[arg-type]
+    folder = hub.save_model(tmp_path / "out", model, None)  # type: ignore[arg-type]
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def disk_full(fresh: Path) -> None:

@@ -1,0 +1,131 @@
+"""Metric against MACs: OPTIN, PTF and baselines on the same model, data and seeds.
+
+    python benchmarks/optin_quality.py --task sst2            # about two hours on one core; rows are kept as they come
+    python benchmarks/optin_quality.py --task sst2 --table    # print the tables from the kept rows
+
+Every row is one sliced model: the metric on validation and on the labelled test split, the difference to the dense model
+with a paired bootstrap interval of 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import HERE, real, setting, write
+
+from secateur.costs.budget import Budget, constraints
+from secateur.methods import Baseline, Optin, Ptf
+from secateur.run import Job, Run
+from secateur.tasks import evaluate, median_tokens, paired_bootstrap
+
+BUDGETS = (80, 70, 60, 50, 40)
+METHODS: dict[str, Callable[[], Any]] = {
+    "random": lambda: Baseline("random"),
+    "magnitude": lambda: Baseline("magnitude"),
+    "local": lambda: Baseline("local"),
+    "ptf search": lambda: Ptf(rearrange=False, tune="none"),
+    "ptf + rearrange": lambda: Ptf(tune="none"),
+    "ptf full": lambda: Ptf(),
+    "optin trajectory only": lambda: Optin(lambda_c=0.0),
+    "optin probe": lambda: Optin(),
+    "optin exact": lambda: Optin(scorer="exact"),
+    "optin refined": lambda: Optin(refine=0.15),
+    "optin + rearrange": lambda: Optin(rearrange=True),
+    "optin + rearrange + scale": lambda: Optin(rearrange=True, tune="scale"),
+    "optin + rearrange + full": lambda: Optin(rearrange=True, tune="full"),
+}
+
+
+class Shared(Run):
+    """A run in memory whose scoring stage is kept over budgets, since scores do not depend on them."""
+
+    kept: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__(None, {})
+        self.kept = {}
+
+    def tensors(self, stage: str, compute: Callable[[], Any]) -> Any:
+        if stage != "score":
+            return super().tensors(stage, compute)
+        if stage not in self.kept:
+            self.kept[stage] = super().tensors(stage, compute)
+        return self.kept[stage]
+
+
+def measure(task: str, methods: list[str], budgets: list[int], seeds: list[int], path: Any) -> None:
+    model, tokenizer, data = real(task)
+    tokens = median_tokens(data, tokenizer)
+    dense = {split: evaluate(model, tokenizer, data, split) for split in ("validation", "test")}
+    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    record |= {"task": task, "metric": data.metric, "tokens": tokens, **setting()}
+    record["dense"] = {split: found.metrics for split, found in dense.items()}
+    done = {(row["method"], row["budget"], row["seed"]) for row in record["rows"]}
+    for name in methods:
+        for seed in seeds:
+            shared = Shared()
+            for budget in budgets:
+                if (name, budget, seed) in done:
+                    continue
+                shared.seconds = {}
+                start = time.perf_counter()
+                limits = constraints(Budget.parse(f"macs<={budget}%"), model, 1, tokens)
+                outcome = METHODS[name]().run(Job(model, tokenizer, data, limits, shared, 1, tokens, seed))
+                row = {"method": name, "budget": budget, "seed": seed, "seconds": round(time.perf_counter() - start, 1)}
+                for split, before in dense.items():
+                    after = evaluate(outcome.model, tokenizer, data, split)
+                    low_high = paired_bootstrap(data.metric, before.logits, after.logits, before.labels)
+                    row[split] = after.metrics[data.metric]
+                    row[f"{split} difference"] = [round(v, 5) for v in low_high]
+                row["heads"], row["neurons"] = sum(outcome.subnetwork.head_widths), sum(outcome.subnetwork.neuron_widths)
+                record["rows"].append(row)
+                write(path, record)
+                print(json.dumps(row), flush=True)
+
+
+def table(record: dict[str, Any], split: str) -> str:
+    """Mean over seeds ± spread (largest minus smallest), in points."""
+    rows = record["rows"]
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    names = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    lines = [
+        f"{record['task']}, {record['metric']} on {split}; dense {100 * record['dense'][split][record['metric']]:.1f}",
+        "",
+        "| method | " + " | ".join(f"{b} % MACs" for b in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for name in names:
+        cells = []
+        for budget in budgets:
+            found = [100 * row[split] for row in rows if row["method"] == name and row["budget"] == budget]
+            cells.append(f"{statistics.mean(found):.1f} ± {max(found) - min(found):.1f}" if found else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=("sst2", "stsb"), default="sst2")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--budgets", nargs="*", type=int, default=list(BUDGETS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = HERE / "results" / f"optin_quality_{arguments.task}.json"
+    if not arguments.table:
+        measure(arguments.task, arguments.methods, arguments.budgets, arguments.seeds, path)
+    record = json.loads(path.read_text())
+    for split in ("validation", "test"):
+        print(table(record, split), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

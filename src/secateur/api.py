@@ -1,0 +1,310 @@
+"""The verbs: compress, measure, evaluate, export, finetune, and the plan of a compression."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur import hub
+from secateur.costs.analytic import encoder_params, file_bytes, macs, params
+from secateur.costs.budget import Budget, Constraint, constraints
+from secateur.costs.latency import Timing, time_interleaved, time_model
+from secateur.costs.machine import fingerprint as machine_fingerprint
+from secateur.errors import InvalidData, SecateurError
+from secateur.export import export
+from secateur.families import sites
+from secateur.methods import method_of
+from secateur.results import Measurement, Result, versions, weights_digest
+from secateur.run import Job, Method, Outcome, Run
+from secateur.search.allocate import allocate
+from secateur.subnetwork import SubNetwork, UnitScores
+from secateur.tasks import Evaluation, Task, check_labels, load_task, median_tokens
+from secateur.tasks import evaluate as evaluate_model
+from secateur.tasks import fingerprint as data_fingerprint
+from secateur.train import finetune
+
+__all__ = ["compress", "evaluate", "export", "finetune", "measure", "plan"]
+
+TaskLike = str | Path | Dataset | DatasetDict | Task
+Value = TypeVar("Value")
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    method: str | Method = "optin",
+    *,
+    task: TaskLike,
+    budget: str = "macs<=60%",
+    out: str | Path | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    split: str | None = None,
+    batch: int = 1,
+    tokens: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Cut a fine-tuned model to a budget.
+
+    Args:
+        model: a folder, a hub id, or a live model (left unchanged). Opened in float32.
+        method: a name of `secateur.methods.METHODS`, or a method with its hyper-parameters.
+        task: see `load_task`: data to calibrate on and to judge by.
+        budget: see `Budget.parse`, such as "macs<=60%" or "latency<=12ms,size<=20MB".
+        out: folder to write model, card, `result.json` and `report.html` to; None writes nothing.
+        tokenizer: the model's tokenizer; read from the model's folder if None.
+        split: rows to judge by; validation if the task has it, else test.
+        batch: examples per pass at which MACs and latency count.
+        tokens: tokens per example; the task's median real length if None.
+        seed: of every random choice.
+        resume: go on with a run that was killed; needs `out`, whose stages are kept in `<out>.run` until the end.
+        progress: show progress on standard error.
+
+    Returns:
+        The compressed model with its record; `Result.save` writes both.
+
+    Raises:
+        SecateurError: a subclass that says what is wrong with the model, the data or the budget.
+    """
+    chosen, asked = method_of(method), Budget.parse(budget)
+    asked.check_kinds(chosen.budgets, chosen.name)
+    if resume and out is None:
+        raise SecateurError("Resuming needs the folder of the run that was killed: give out=.")
+    source, net, words = _open(model, tokenizer)
+    data = check_labels(load_task(task, seed=seed), net)
+    rows = _judged_by(data, split)
+    length = tokens or median_tokens(data, words)
+    identity = {
+        "model": weights_digest(net),
+        "task": data_fingerprint(data),
+        "method": _settings(chosen),
+        "budget": asked.describe(),
+        "setting": [batch, length, seed, rows, torch.get_num_threads()],
+    }
+    run = Run(Path(f"{out}.run") if out is not None else None, identity, resume=resume)
+    limits = constraints(asked, net, batch, length)
+    job = Job(net, words, data, limits, run, batch, length, seed, progress)
+    before = _metrics(run, "evaluate before", net, words, data, rows, progress)
+    outcome = chosen.run(job)
+    after = _metrics(run, "evaluate after", outcome.model, words, data, rows, progress)
+    timings = run.timed(
+        "measure", lambda: time_interleaved({"before": net, "after": outcome.model}, batch, length)
+    )
+    result = Result(
+        name=f"{chosen.name} {asked.describe()}",
+        source=source,
+        task={"name": data.name, "kind": data.kind, "metric": data.metric, "split": rows, "examples": len(data.split(rows))},
+        method=_settings(chosen),
+        budget=_reached(asked, limits, outcome, timings["after"]),
+        before=_measured(net, batch, length, before, timings["before"]),
+        after=_measured(outcome.model, batch, length, after, timings["after"]),
+        predicted=_predicted(net, batch, length, outcome.subnetwork, limits),
+        latency_setting={k: v for k, v in asdict(timings["after"]).items() if k in ("batch", "tokens", "threads", "dtype")},
+        seconds=run.seconds,
+        seed=seed,
+        versions=versions(),
+        machine=machine_fingerprint(),
+        data={"fingerprint": identity["task"], "splits": {k: len(v) for k, v in data.splits().items()}},
+        command=shlex.join(["secateur", *sys.argv[1:]]) if Path(sys.argv[0]).name == "secateur" else "secateur.compress",
+        edits=[edit.to_dict() for edit in hub.edits_of(outcome.model)],
+        subnetwork=outcome.subnetwork.to_dict(),
+        blocks={"heads": [s.name for s in sites(net).heads], "neurons": [s.name for s in sites(net).neurons]},
+        scores={"heads": _lists(outcome.scores.heads), "neurons": _lists(outcome.scores.neurons)},
+        model=outcome.model,
+        tokenizer=words,
+    )
+    if out is not None:
+        result.save(out)
+    run.close()
+    return result
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    method: str | Method = "optin",
+    *,
+    task: TaskLike,
+    budget: str = "macs<=60%",
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    batch: int = 1,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `compress` would work towards, without doing it: limits, and the widths if all units mattered alike.
+
+    Args: as `compress`.
+
+    Returns:
+        `limits` (kind, limit, before, predicted), `heads` and `neurons` kept per block if every unit had the same score,
+        and the setting.
+    """
+    chosen, asked = method_of(method), Budget.parse(budget)
+    asked.check_kinds(chosen.budgets, chosen.name)
+    source, net, words = _open(model, tokenizer)
+    data = check_labels(load_task(task, seed=seed), net)
+    length = tokens or median_tokens(data, words)
+    limits = constraints(asked, net, batch, length)
+    full = SubNetwork.full(net)
+    heads, neurons = full.masks()
+    share = sum(map(len, heads)) / max(sum(map(len, neurons)), 1)
+    alike = UnitScores(heads, [share * mask for mask in neurons])
+    sub = allocate(alike, limits, multiple=getattr(chosen, "multiple", 1))
+    return {
+        "model": source,
+        "method": _settings(chosen),
+        "limits": [
+            {"kind": c.kind, "limit": c.limit, "before": c.cost.of(full), "predicted": c.cost.of(sub)} for c in limits
+        ],
+        "heads": list(sub.head_widths),
+        "neurons": list(sub.neuron_widths),
+        "setting": {"batch": batch, "tokens": length, "calibration_rows": len(data.train or ())},
+    }
+
+
+def measure(
+    model: str | Path | PreTrainedModel, *, batch: int = 1, tokens: int = 128, seconds: float = 4.0
+) -> dict[str, Any]:
+    """Count and time a model.
+
+    Args:
+        model: a folder, a hub id, or a live model.
+        batch: examples per pass.
+        tokens: tokens per example.
+        seconds: how long to time.
+
+    Returns:
+        MACs, parameters, bytes, latency in milliseconds, the setting and the machine.
+    """
+    net = model if isinstance(model, PreTrainedModel) else hub.open_any(model)
+    timing = time_model(net, batch, tokens, seconds=seconds)
+    counted = asdict(_measured(net, batch, tokens, {}, timing))
+    counted.pop("metrics")
+    return {**counted, "setting": asdict(timing), "machine": machine_fingerprint()}
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    task: TaskLike,
+    *,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    split: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Judge a model on a task.
+
+    Args:
+        model: a folder, a hub id, or a live model.
+        task: see `load_task`.
+        tokenizer: the model's tokenizer; read from the model's folder if None.
+        split: validation if the task has it, else test.
+        seed: of the split of data that has none.
+        progress: show progress on standard error.
+    """
+    _, net, words = _open(model, tokenizer)
+    data = load_task(task, seed=seed)
+    return evaluate_model(net, words, data, _judged_by(data, split), progress=progress)
+
+
+def _open(
+    model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(model, PreTrainedModel):
+        source, net = model.config._name_or_path or type(model).__name__, model
+    else:
+        source, net = str(model), hub.open_model(model)
+    sites(net)  # an unknown architecture is reported before anything is computed
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return source, net, tokenizer
+    if tokenizer is None and not net.config._name_or_path:
+        raise SecateurError("A live model needs its tokenizer: give tokenizer=.")
+    return source, net, hub.open_tokenizer(tokenizer if tokenizer is not None else net.config._name_or_path)
+
+
+def _judged_by(data: Task, split: str | None) -> str:
+    if split is not None:
+        data.split(split)
+        return split
+    for name in ("validation", "test"):
+        if name in data.splits():
+            return name
+    raise InvalidData(f"task '{data.name}' has neither validation nor test rows to judge by: add a file of them.")
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
+
+
+def _metrics(
+    run: Run,
+    stage: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Task,
+    split: str,
+    progress: bool,
+) -> dict[str, float]:
+    found: dict[str, float] = run.record(
+        stage, lambda: evaluate_model(model, tokenizer, data, split, progress=progress).metrics
+    )
+    return found
+
+
+def _measured(
+    model: PreTrainedModel, batch: int, tokens: int, metrics: dict[str, float], timing: Timing
+) -> Measurement:
+    full = SubNetwork.full(model)
+
+    def count(cost: Callable[..., Any], *args: int) -> int:
+        return round(cost(model, *args).of(full))
+
+    return Measurement(
+        macs=count(macs, batch, tokens),
+        params=count(params),
+        encoder_params=count(encoder_params),
+        bytes=count(file_bytes),
+        metrics=metrics,
+        latency_ms={"median": timing.median, "p90": timing.p90, "n": timing.n},
+    )
+
+
+def _predicted(
+    model: PreTrainedModel, batch: int, tokens: int, sub: SubNetwork, limits: list[Constraint]
+) -> dict[str, float]:
+    found = {
+        "macs": macs(model, batch, tokens).of(sub),
+        "params": params(model).of(sub),
+        "encoder_params": encoder_params(model).of(sub),
+        "bytes": file_bytes(model).of(sub),
+    }
+    tables = [c.cost.of(sub) for c in limits if c.kind == "latency"]
+    return found | ({"latency_ms": tables[0]} if tables else {})
+
+
+def _reached(asked: Budget, limits: list[Constraint], outcome: Outcome, timing: Timing) -> dict[str, Any]:
+    """The budget as asked and as reached: counted on the cut model, or timed."""
+    terms = []
+    for term, limit in zip(asked.terms, limits, strict=True):
+        reached = timing.median if limit.kind == "latency" else limit.cost.of(outcome.subnetwork)
+        terms.append(
+            {
+                "kind": limit.kind,
+                "asked": f"{term.value:g}{term.unit}",
+                "limit": limit.limit,
+                "reached": reached,
+                "met": reached <= limit.limit,
+            }
+        )
+    return {"text": asked.describe(), "terms": terms}
+
+
+def _lists(tensors: list[torch.Tensor]) -> list[list[float]]:
+    return [[float(f"{value:.6g}") for value in tensor.tolist()] for tensor in tensors]

@@ -1,0 +1,310 @@
+"""The command line: parses, calls `secateur.api`, prints. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.errors import SecateurError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done; 2 something is wrong with what was asked (one line on standard error says what); "
+    "3 done, but a measured latency misses its budget; 1 a bug; 130 interrupted.",
+)
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a hub id.")]
+TaskOption = Annotated[
+    str, typer.Option("--task", "-t", help="A GLUE task (sst2, glue/stsb, …), a CSV/JSONL/Parquet file, or a folder of them.")
+]
+TokenizerOption = Annotated[str | None, typer.Option(help="Folder or hub id of the tokenizer, if the model's has none.")]
+TextOption = Annotated[str | None, typer.Option(help="Text column, or two: premise,hypothesis.")]
+LabelOption = Annotated[str | None, typer.Option(help="Label column.")]
+MetricOption = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman.")]
+SplitOption = Annotated[str | None, typer.Option(help="Rows to judge by: validation (default), test or train.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Examples per pass, for MACs and latency.")]
+TokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens per example; the task's median length by default.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="A hyper-parameter of the method, such as lambda_c=0.1; repeat for more.")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("secateur-demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune MiniLM-L6 on film reviews, cut it to 60 % of its MACs, measure, and write a report."""
+    from secateur.demo import run_demo
+
+    record = run_demo(out)
+    _show(record, as_json, lambda: _print_results([record]))
+
+
+@app.command()
+def finetune(
+    model: Model,
+    task: TaskOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    tokenizer: TokenizerOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    metric: MetricOption = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 3,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 5e-5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens beyond this are cut off.")] = 128,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model with a head for a task (AdamW, warm-up, linear decay)."""
+    from secateur import api
+    from secateur.tasks import load_task
+
+    _threads(threads)
+    data = load_task(task, text=text, label=label, metric=metric, seed=seed)
+    folder = api.finetune(
+        model,
+        tokenizer,
+        data,
+        out,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        resume=resume,
+        progress=True,
+    )
+    metrics = {name: api.evaluate(folder, data, split=name).metrics for name in data.splits() if name != "train"}
+    record = {"folder": str(folder), "metrics": metrics}
+    _show(record, as_json, lambda: typer.echo(f"{folder}: {_numbers(metrics)}"))
+
+
+@app.command()
+def compress(
+    model: Model,
+    task: TaskOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("out"),
+    method: Annotated[str, typer.Option("--method", "-m", help="See `secateur list`.")] = "optin",
+    budget: Annotated[str, typer.Option("--budget", "-b", help="Such as macs<=60%, or latency<=12ms,size<=20MB.")] = "macs<=60%",
+    setting: Settings = None,
+    tokenizer: TokenizerOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    metric: MetricOption = None,
+    split: SplitOption = None,
+    batch: BatchOption = 1,
+    tokens: TokensOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what a run would aim at, without doing it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut a fine-tuned model to a budget and write a folder that plain `from_pretrained` opens."""
+    from secateur import api
+    from secateur.methods import method_of
+    from secateur.tasks import load_task
+
+    _threads(threads)
+    chosen = method_of(method, **_settings(setting))
+    data = load_task(task, text=text, label=label, metric=metric, seed=seed)
+    if dry_run:
+        found = api.plan(model, chosen, task=data, budget=budget, tokenizer=tokenizer, batch=batch, tokens=tokens, seed=seed)
+        _show(found, as_json, lambda: _print_plan(found))
+        return
+    result = api.compress(
+        model,
+        chosen,
+        task=data,
+        budget=budget,
+        out=out,
+        tokenizer=tokenizer,
+        split=split,
+        batch=batch,
+        tokens=tokens,
+        seed=seed,
+        resume=resume,
+        progress=True,
+    )
+    record = result.to_dict()
+    _show(record, as_json, lambda: _print_results([record]))
+    missed = [term for term in record["budget"]["terms"] if not term["met"]]
+    for term in missed:
+        typer.echo(f"secateur: measured {term['kind']} {term['reached']:.4g} misses {term['asked']}", err=True)
+    if missed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def measure(
+    model: Model,
+    batch: BatchOption = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per example.")] = 128,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 4.0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count MACs, parameters and bytes of a model, and time it here."""
+    from secateur import api
+
+    _threads(threads)
+    found = api.measure(model, batch=batch, tokens=tokens, seconds=seconds)
+    _show(found, as_json, lambda: typer.echo(_numbers({k: v for k, v in found.items() if k != "machine"})))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: TaskOption,
+    tokenizer: TokenizerOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    metric: MetricOption = None,
+    split: SplitOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a model on a task."""
+    from secateur import api
+    from secateur.tasks import load_task
+
+    _threads(threads)
+    data = load_task(task, text=text, label=label, metric=metric, seed=seed)
+    found = api.evaluate(model, data, tokenizer=tokenizer, split=split, progress=True)
+    record = {"task": data.name, "examples": len(found.labels), "metrics": found.metrics}
+    _show(record, as_json, lambda: typer.echo(_numbers(record)))
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; by default <model>/<format>.")] = None,
+    format: Annotated[str, typer.Option("--format", "-f", help="onnx or openvino.")] = "onnx",
+    tokenizer: TokenizerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write ONNX or OpenVINO with dynamic batch and length, and check that it computes the same."""
+    from secateur import api
+
+    folder = api.export(model, out, format, tokenizer)
+    _show({"folder": str(folder)}, as_json, lambda: typer.echo(str(folder)))
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="result.json files, or folders that hold one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show one or several results on one self-contained HTML page."""
+    from secateur.report import write_report
+    from secateur.results import read_result
+
+    records = [read_result(path) for path in results]
+    path = write_report(records, out)
+    _show({"report": str(path)}, as_json, lambda: _print_results(records))
+
+
+@app.command("list")
+def list_(as_json: JsonOption = False) -> None:
+    """List methods with their settings, budgets, tasks and architectures."""
+    from dataclasses import fields
+
+    from secateur.costs.budget import UNITS
+    from secateur.families import FAMILIES
+    from secateur.methods import METHODS
+    from secateur.tasks import PRESETS
+
+    found = {
+        "methods": {name: {f.name: f.default for f in fields(cls)} for name, cls in METHODS.items()},
+        "budgets": sorted(UNITS),
+        "tasks": sorted(PRESETS),
+        "architectures": sorted({t for family in FAMILIES.values() for t in family.model_types}),
+    }
+
+    def lines() -> None:
+        for name, settings in found["methods"].items():  # type: ignore[union-attr]
+            typer.echo(f"method {name}: " + ", ".join(f"{key}={value}" for key, value in settings.items()))
+        for what in ("budgets", "tasks", "architectures"):
+            typer.echo(f"{what}: {', '.join(found[what])}")
+
+    _show(found, as_json, lines)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can act on are one line and exit code 2."""
+    try:
+        app()
+    except SecateurError as error:
+        sys.stderr.write(f"secateur: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show(record: Any, as_json: bool, human: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        human()
+
+
+def _print_results(records: list[dict[str, Any]]) -> None:
+    from secateur.report import print_report
+
+    print_report(records)
+
+
+def _print_plan(found: dict[str, Any]) -> None:
+    for limit in found["limits"]:
+        typer.echo(f"{limit['kind']}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked, {limit['predicted']:.4g} planned")
+    typer.echo(f"heads kept if all units mattered alike: {found['heads']}")
+    typer.echo(f"neurons kept if all units mattered alike: {found['neurons']}")
+    typer.echo(f"setting: {_numbers(found['setting'])}")
+
+
+def _numbers(values: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"({_numbers(value)})"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{key} {text(value)}" for key, value in values.items())
+
+
+def _threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`key=value` pairs; values are read as JSON where they are, else as text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise SecateurError(f"--set takes key=value, not '{pair}'.")
+        try:
+            found[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key.strip()] = value.strip()
+    return found

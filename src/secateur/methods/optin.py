@@ -1,0 +1,145 @@
+"""OPTIN: one-shot pruning by trajectory importance (Khaki & Plataniotis, ICLR 2024, arXiv 2403.17921)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.prune import Tune, pack_units, prune, search, unpack_units
+from secateur.run import STRUCTURED_BUDGETS, Job, Outcome
+from secateur.scores.exact import exact_scores
+from secateur.scores.probes import probe_scores
+from secateur.scores.trajectory import (
+    TrajectoryScores,
+    UnitGradients,
+    combine,
+    combine_gradients,
+    near_cut,
+    refined,
+)
+from secateur.subnetwork import UnitScores
+
+
+@dataclass
+class Optin:
+    """Hyper-parameters of OPTIN; labels are never used.
+
+    Attributes:
+        scorer: "probe" estimates every unit from a few backward passes; "exact" masks every unit in turn (the reference;
+            minutes to hours).
+        lambda_c: weight λ_c of the output term (KL, or the squared difference for one output) beside the trajectory term.
+        temperature: T of the KL.
+        tokens: K, real tokens per batch, whole sequences.
+        probes: random directions per batch of the probe scorer; the error of a score falls with their square root.
+        normalise: divide each layer's distance by ||G||_F², so that layers weigh alike.
+        own_layer: also count a unit's effect on its own layer's feature map.
+        batches, batch_size: unlabelled calibration data.
+        refine: share of the units nearest to the cut that are scored exactly afterwards.
+        head_rate: factor on head scores, which sets how many neurons a head is worth.
+        rearrange: swap units within each layer so that the joint effect of the removed ones is least.
+        tune: "none"; "scale" rescales kept units by least squares; "full" re-solves the output projections.
+        multiple: neurons per layer are kept in multiples of this many.
+        bf16: run the probe scorer in bfloat16.
+    """
+
+    scorer: Literal["probe", "exact"] = "probe"
+    lambda_c: float = 0.1
+    temperature: float = 4.0
+    tokens: int = 768
+    probes: int = 16
+    normalise: bool = True
+    own_layer: bool = False
+    batches: int = 4
+    batch_size: int = 32
+    refine: float = 0.0
+    head_rate: float = 1.0
+    rearrange: bool = False
+    tune: Tune = "none"
+    multiple: int = 64
+    bf16: bool = False
+
+    name: ClassVar[str] = "optin"
+    budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+
+    def __post_init__(self) -> None:
+        if self.rearrange and self.scorer == "exact":
+            raise SecateurError("rearrange needs the sampled directions of the probe scorer: use scorer='probe'.")
+        if not 0 <= self.refine <= 1:
+            raise SecateurError(f"refine is a share of the units, from 0 to 1, not {self.refine}.")
+
+    def run(self, job: Job) -> Outcome:
+        """Score every unit once against the intact model, search, repair if asked, slice."""
+        data = job.calibration(self.batches, self.batch_size)
+        scores = _unpack(job.run.tensors("score", lambda: _pack(self._score(job, data))))
+        if self.refine:
+            scores = _unpack(job.run.tensors("refine", lambda: _pack(self._refine(job, data, scores))))
+        return prune(
+            job,
+            combine(scores, self.lambda_c),
+            gradients=combine_gradients(scores, self.lambda_c) if self.rearrange else None,
+            tune=self.tune,
+            multiple=self.multiple,
+            head_rate=self.head_rate,
+            calibration=data,
+        )
+
+    def _score(self, job: Job, data: list[dict[str, Tensor]]) -> TrajectoryScores:
+        common = dict(
+            tokens=self.tokens,
+            temperature=self.temperature,
+            normalise=self.normalise,
+            own_layer=self.own_layer,
+            seed=job.seed,
+            progress=job.show,
+        )
+        if self.scorer == "exact":
+            return exact_scores(job.model, data, **common)  # type: ignore[arg-type]
+        return probe_scores(
+            job.model, data, probes=self.probes, keep_gradients=self.rearrange, bf16=self.bf16, **common  # type: ignore[arg-type]
+        )
+
+    def _refine(self, job: Job, data: list[dict[str, Tensor]], scores: TrajectoryScores) -> TrajectoryScores:
+        first = search(job, combine(scores, self.lambda_c), multiple=self.multiple, head_rate=self.head_rate)
+        exact = exact_scores(
+            job.model,
+            data,
+            tokens=self.tokens,
+            temperature=self.temperature,
+            normalise=self.normalise,
+            own_layer=self.own_layer,
+            seed=job.seed,
+            units=near_cut(combine(scores, self.lambda_c), first, self.refine),
+            progress=job.show,
+        )
+        better = refined(scores, exact)
+        better.trajectory_gradients, better.output_gradients = scores.trajectory_gradients, scores.output_gradients
+        return better
+
+
+def _pack(scores: TrajectoryScores) -> dict[str, Tensor]:
+    parts = {
+        "trajectory": scores.trajectory,
+        "output": scores.output,
+        "trajectory_gradient": scores.trajectory_gradients,
+        "output_gradient": scores.output_gradients,
+    }
+    packed: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        if part is not None:
+            packed |= pack_units(name, part.heads, part.neurons)
+    return packed
+
+
+def _unpack(packed: dict[str, Tensor]) -> TrajectoryScores:
+    def gradients(name: str) -> UnitGradients | None:
+        return UnitGradients(*unpack_units(name, packed)) if f"{name}.neurons.0" in packed else None
+
+    return TrajectoryScores(
+        UnitScores(*unpack_units("trajectory", packed)),
+        UnitScores(*unpack_units("output", packed)),
+        gradients("trajectory_gradient"),
+        gradients("output_gradient"),
+    )

@@ -1,0 +1,121 @@
+"""From unit scores to a cut model: search, rearrangement, tuning, slice, and a check of measured latency."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur import hub
+from secateur.costs.latency import time_model
+from secateur.edits import Slice, apply_edits
+from secateur.errors import InvalidData
+from secateur.families import sites
+from secateur.repair import fold_scales
+from secateur.repair import rearrange as rearranged
+from secateur.repair import tune as tuned
+from secateur.run import Job, Outcome
+from secateur.scores.trajectory import UnitGradients
+from secateur.search.allocate import allocate
+from secateur.subnetwork import SubNetwork, UnitScores
+
+Tune = Literal["none", "scale", "full"]
+ATTEMPTS = 4  # how often a missed latency budget is tightened
+MARGIN = 0.98  # aim a little below a latency that was missed
+
+
+def prune(
+    job: Job,
+    scores: UnitScores,
+    *,
+    gradients: UnitGradients | None = None,
+    tune: Tune = "none",
+    multiple: int = 64,
+    head_rate: float = 1.0,
+    calibration: list[dict[str, Tensor]] | None = None,
+) -> Outcome:
+    """Cut `job.model` to its budget, keeping the units with the highest total score.
+
+    Args:
+        job: model, budget, run folder.
+        scores: importance of every unit.
+        gradients: sampled directions of the units, for rearrangement; None leaves the search's choice.
+        tune: how the kept units make up for the removed ones (`repair`).
+        multiple: neurons per layer are kept in multiples of this many.
+        head_rate: factor on head scores.
+        calibration: unlabelled batches for tuning.
+
+    Returns:
+        A new, sliced model; `job.model` is left as it was.
+    """
+    found = job.run.record(
+        "search", lambda: search(job, scores, multiple=multiple, head_rate=head_rate).to_dict()
+    )
+    sub = SubNetwork.from_dict(found)
+    if gradients is not None:
+        chosen = gradients
+        sub = SubNetwork.from_dict(job.run.record("rearrange", lambda: rearranged(sub, chosen).to_dict()))
+    model = cast(PreTrainedModel, copy.deepcopy(job.model))
+    if tune != "none":
+        if not calibration:
+            raise InvalidData("Tuning needs calibration batches.")
+        kept, data, how = sub, calibration, tune
+
+        def projections() -> dict[str, Tensor]:
+            twin = copy.deepcopy(job.model)
+            fold_scales(twin, tuned(job.model, kept, data, mode=how, progress=job.show))
+            return {name: parameter.detach() for name, parameter in _projections(twin).items()}
+
+        solved = job.run.tensors("tune", projections)
+        with torch.no_grad():
+            for name, parameter in _projections(model).items():
+                parameter.copy_(solved[name])
+    edits = [Slice(sub)]
+    apply_edits(model, edits)
+    hub.attach(model, edits)
+    return Outcome(model.eval(), list(edits), sub, scores)
+
+
+def _projections(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of every output projection, which is all that tuning changes."""
+    return {f"{site.name}.{name}": p for site in sites(model) for name, p in site.output.named_parameters()}
+
+
+def search(job: Job, scores: UnitScores, *, multiple: int, head_rate: float) -> SubNetwork:
+    """The best sub-network under the budget; latency is measured, and the limit tightened until the measurement meets it.
+
+    A table predicts, the timer judges: at most `ATTEMPTS` times a missed limit is lowered by the share of the miss.
+    """
+    limits = list(job.constraints)
+    sub = allocate(scores, limits, multiple=multiple, head_rate=head_rate)
+    asked = [c for c in job.constraints if c.kind == "latency"]
+    for _ in range(ATTEMPTS if asked else 0):
+        trial = apply_edits(copy.deepcopy(job.model), [Slice(sub)])
+        measured = time_model(trial, job.batch, job.tokens).median
+        worst = max(measured / constraint.limit for constraint in asked)
+        if worst <= 1:
+            break
+        limits = [replace(c, limit=c.limit / worst * MARGIN) if c.kind == "latency" else c for c in limits]
+        sub = allocate(scores, limits, multiple=multiple, head_rate=head_rate)
+    return sub
+
+
+def pack_units(name: str, heads: list[Tensor], neurons: list[Tensor]) -> dict[str, Tensor]:
+    """Per-block tensors under the names `<name>.heads.<i>` and `<name>.neurons.<i>`."""
+    packed = {f"{name}.heads.{i}": tensor for i, tensor in enumerate(heads)}
+    return packed | {f"{name}.neurons.{i}": tensor for i, tensor in enumerate(neurons)}
+
+
+def unpack_units(name: str, packed: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Inverse of `pack_units`."""
+
+    def blocks(kind: str) -> list[Tensor]:
+        prefix = f"{name}.{kind}."
+        count = sum(key.startswith(prefix) for key in packed)
+        return [packed[f"{prefix}{i}"] for i in range(count)]
+
+    return blocks("heads"), blocks("neurons")

@@ -1,0 +1,89 @@
+"""The model card that travels with a compressed folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_CARD = """---
+library_name: transformers
+tags: [secateur, {method}]
+base_model: {source}
+---
+# {source}, compressed by {method}
+
+{headline}
+
+| | before | after | ratio |
+|---|---|---|---|
+{rows}
+
+MACs and latency: batch {batch}, {tokens} tokens, {dtype}, {threads} threads, on {cpu}.
+{metric_line}
+
+## Open it
+
+```python
+import secateur  # registers the folder format with transformers
+from transformers import AutoModelFor{head}, AutoTokenizer
+
+model = AutoModelFor{head}.from_pretrained("this folder")
+```
+
+## How it was made
+
+| | |
+|---|---|
+| command | `{command}` |
+| method | {settings} |
+| budget | {budget} |
+| seed | {seed} |
+| versions | {versions} |
+
+`result.json` holds every number, `report.html` shows them.
+"""
+
+
+def card(result: dict[str, Any]) -> str:
+    """README.md of a compressed model, from its `result.json`."""
+    before, after, setting = result["before"], result["after"], result["latency_setting"]
+    rows = [
+        _row("MACs", before["macs"], after["macs"], 1e6, "M"),
+        _row("parameters", before["params"], after["params"], 1e6, "M"),
+        _row("encoder parameters", before["encoder_params"], after["encoder_params"], 1e6, "M"),
+        _row("bytes", before["bytes"], after["bytes"], 1e6, "MB"),
+        _row("latency, median", before["latency_ms"]["median"], after["latency_ms"]["median"], 1, "ms"),
+    ]
+    rows += [
+        f"| {name} | {value:.4f} | {after['metrics'][name]:.4f} | {after['metrics'][name] - value:+.4f} |"
+        for name, value in before["metrics"].items()
+    ]
+    method = result["method"]
+    task = result["task"]
+    return _CARD.format(
+        source=_cell(result["model"]),
+        method=_cell(method["name"]),
+        headline=f"Budget `{_cell(result['budget']['text'])}`: {after['macs'] / before['macs']:.1%} of the MACs, "
+        f"{after['params'] / before['params']:.1%} of the parameters.",
+        rows="\n".join(rows),
+        batch=setting["batch"],
+        tokens=setting["tokens"],
+        dtype=setting["dtype"],
+        threads=setting["threads"],
+        cpu=_cell(result["machine"].get("cpu", "unknown processor")),
+        metric_line=f"Metrics: task {_cell(task['name'])}, split {task['split']}, {task['examples']} examples.",
+        head="SequenceClassification",
+        command=_cell(result["command"]),
+        settings=_cell(", ".join(f"{key} {value}" for key, value in method.items() if key != "name")),
+        budget=_cell(result["budget"]["text"]),
+        seed=result["seed"],
+        versions=_cell(", ".join(f"{name} {number}" for name, number in result["versions"].items())),
+    )
+
+
+def _row(name: str, before: float, after: float, unit: float, symbol: str) -> str:
+    return f"| {name} | {before / unit:.2f} {symbol} | {after / unit:.2f} {symbol} | {after / before:.3f} |"
+
+
+def _cell(text: object) -> str:
+    """Text that cannot break out of a table cell or a code span."""
+    return str(text).replace("|", "\\|").replace("`", "'").replace("\n", " ")

@@ -1,0 +1,199 @@
+"""A run: what a method is given, what it hands back, and the folder that lets a killed run go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.costs.budget import Constraint
+from secateur.edits import Edit
+from secateur.errors import InvalidData, SecateurError
+from secateur.subnetwork import SubNetwork, UnitScores
+from secateur.tasks import Task, batches
+
+Value = TypeVar("Value")
+
+STRUCTURED_BUDGETS = frozenset({"macs", "params", "encoder_params", "size", "latency"})
+"""What removing heads and neurons can aim at."""
+
+
+@dataclass
+class Job:
+    """What a method works on.
+
+    Attributes:
+        model: the model as given; methods leave it unchanged.
+        tokenizer: its tokenizer.
+        task: data and metric; `train` is what methods may learn or calibrate from.
+        constraints: the budget, resolved on this model.
+        run: where finished stages are kept.
+        batch, tokens: the shape at which MACs and latency count.
+        seed: of every random choice.
+        show: whether to show progress.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    constraints: Sequence[Constraint]
+    run: Run
+    batch: int = 1
+    tokens: int = 128
+    seed: int = 0
+    show: bool = False
+
+    def calibration(self, count: int, batch_size: int, *, labels: bool = False) -> list[dict[str, Tensor]]:
+        """Seeded batches of training examples, without labels unless asked for.
+
+        Args:
+            count: number of batches; fewer if the split is smaller.
+            batch_size: examples in a batch.
+            labels: keep the labels.
+
+        Raises:
+            InvalidData: the task has no training split.
+        """
+        if self.task.train is None:
+            raise InvalidData(f"task '{self.task.name}' has no training rows to calibrate on: add a train file.")
+        data = batches(
+            self.task, "train", self.tokenizer, batch_size=batch_size, shuffle=self.seed, limit=count * batch_size
+        )
+        return [{k: v for k, v in batch.items() if labels or k != "labels"} for batch in data]
+
+
+@dataclass
+class Outcome:
+    """What a method hands back: the changed model, the edits that shape it, and what they were chosen by."""
+
+    model: PreTrainedModel
+    edits: list[Edit]
+    subnetwork: SubNetwork
+    scores: UnitScores = field(repr=False)
+
+
+class Method(Protocol):
+    """A compression method: a dataclass of hyper-parameters with a `run`.
+
+    Attributes:
+        name: its key in `METHODS`.
+        budgets: the kinds of budget it can meet.
+    """
+
+    name: ClassVar[str]
+    budgets: ClassVar[frozenset[str]]
+
+    def run(self, job: Job) -> Outcome:
+        """Compress `job.model` to `job.constraints`."""
+        ...
+
+
+class Run:
+    """Stages of a long computation, each kept on disk when it is done.
+
+    A run that is killed leaves its finished stages; opened again with `resume=True` it hands them back, so it ends with the
+    same numbers. Files are written to a temporary name and renamed.
+
+    Args:
+        folder: where to keep the stages; None keeps nothing.
+        identity: what the run depends on (model, task, method, budget, seed). Resuming with another one is an error.
+        resume: True to go on from finished stages, False to start anew.
+
+    Raises:
+        SecateurError: `resume` and the folder belongs to another run, or there is none.
+    """
+
+    def __init__(self, folder: Path | None, identity: dict[str, Any], *, resume: bool = False) -> None:
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        if folder is None:
+            return
+        marker = folder / "run.json"
+        if resume:
+            found = read_json(marker) if marker.is_file() else None
+            if found is None:
+                raise SecateurError(f"There is no unfinished run at '{folder}': run without --resume.")
+            changed = sorted(k for k in {*found, *identity} if found.get(k) != json.loads(json.dumps(identity)).get(k))
+            if changed:
+                raise SecateurError(f"The run at '{folder}' was started with another {', '.join(changed)}: run without --resume.")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(marker, identity)
+
+    def tensors(self, stage: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The stage's tensors: computed once, then read back bit by bit."""
+
+        def read(file: Path) -> dict[str, Tensor]:
+            return load_file(file)
+
+        def write(file: Path, value: dict[str, Tensor]) -> None:
+            save_file({name: tensor.contiguous() for name, tensor in value.items()}, file)
+
+        return self._stage(stage, ".safetensors", compute, read, write)
+
+    def record(self, stage: str, compute: Callable[[], Any]) -> Any:
+        """The stage's JSON value: computed once, then read back."""
+        return self._stage(stage, ".json", compute, read_json, write_json)
+
+    def timed(self, stage: str, compute: Callable[[], Value]) -> Value:
+        """A value that is not kept, because it belongs to this very process; only its seconds are noted."""
+        start = time.perf_counter()
+        value = compute()
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        return value
+
+    def _stage(
+        self,
+        stage: str,
+        suffix: str,
+        compute: Callable[[], Any],
+        read: Callable[[Path], Any],
+        write: Callable[[Path, Any], None],
+    ) -> Any:
+        file = self.folder / f"{stage}{suffix}" if self.folder else None
+        clock = self.folder / f"{stage}.seconds" if self.folder else None
+        if file is not None and clock is not None and file.is_file() and clock.is_file():
+            try:
+                value = read(file)
+                self.seconds[stage] = float(clock.read_text())
+                return value
+            except (OSError, ValueError, SafetensorError):
+                pass  # damaged: compute it again
+        start = time.perf_counter()
+        value = compute()
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        if file is not None and clock is not None:
+            fresh = file.with_suffix(".tmp")
+            write(fresh, value)
+            os.replace(fresh, file)
+            fresh.write_text(str(self.seconds[stage]))
+            os.replace(fresh, clock)
+        return value
+
+    def close(self) -> None:
+        """Forget the stages: the run has ended well."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a temporary name, then rename."""
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Which units to keep: the best sub-network under a budget."""

@@ -1,0 +1,24 @@
+"""Tasks: data with its columns, labels and metrics; batches; evaluation."""
+
+from __future__ import annotations
+
+from secateur.tasks.batching import Batches, batches, median_tokens
+from secateur.tasks.loading import load_task
+from secateur.tasks.metrics import Evaluation, compute, evaluate, paired_bootstrap
+from secateur.tasks.presets import PRESETS
+from secateur.tasks.task import Task, check_labels, fingerprint
+
+__all__ = [
+    "PRESETS",
+    "Batches",
+    "Evaluation",
+    "Task",
+    "batches",
+    "check_labels",
+    "compute",
+    "evaluate",
+    "fingerprint",
+    "load_task",
+    "median_tokens",
+    "paired_bootstrap",
+]

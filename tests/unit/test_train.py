@@ -1,0 +1,165 @@
+"""Fine-tuning: learns, resumes to the same weights after SIGKILL, leaves a whole folder or none."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, TrainerCallback
+
+from secateur.errors import InvalidData, InvalidModel, SecateurError
+from secateur.tasks import evaluate, load_task
+from secateur.tasks.batching import BucketSampler
+from secateur.train import bf16_pays, finetune, last_checkpoint
+from tests.unit import tiny_text
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_text.model(num_labels=3).save_pretrained(folder)
+    tiny_text.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_killed_run_resumes_to_the_same_weights(base: Path, tmp_path: Path) -> None:
+    whole = finetune(base, None, tiny_text.task(), tmp_path / "whole", **tiny_text.SETTINGS)
+    command = [sys.executable, "-m", "tests.unit.tiny_text", str(base), str(tmp_path / "killed"), "8"]
+    paths = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
+    assert not (tmp_path / "killed").exists()
+    run = tmp_path / "killed.run"
+    assert last_checkpoint(run) == run / "checkpoint-8"
+    (run / "checkpoint-8" / "complete").unlink()  # as if killed while it was written
+    (run / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+
+    resumed = finetune(base, None, tiny_text.task(), tmp_path / "killed", **tiny_text.SETTINGS, resume=True)
+
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not run.exists()
+
+
+def test_learns_and_the_folder_opens_with_labels(base: Path, tmp_path: Path) -> None:
+    task = tiny_text.task(train=200)
+    settings = tiny_text.SETTINGS | {"epochs": 8, "lr": 5e-3, "dropout": 0.0}
+    out = finetune(base, None, task, tmp_path / "out", **settings)
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.problem_type == "single_label_classification"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert evaluate(model, tokenizer, task).metrics["accuracy"] > 0.9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_live_model_keeps_a_head_that_fits_and_its_dropout(tmp_path: Path) -> None:
+    net = tiny_text.model(num_labels=2)
+    head = net.classifier
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+            seen.append(model.dropout.p)
+
+    arguments = tiny_text.SETTINGS | {"epochs": 1}
+    finetune(net, tiny_text.tokenizer(), tiny_text.task(), tmp_path / "o", **arguments, dropout=0.0, callbacks=[Look()])
+    assert net.classifier is head
+    assert set(seen) == {0.0}
+    assert net.dropout.p == 0.1
+    assert not net.training
+
+
+def test_body_gets_a_regression_head(tmp_path: Path) -> None:
+    body = BertModel(tiny_text.model().config)
+    texts, labels = tiny_text.sentences(16)
+    rows = Dataset.from_dict({"text": texts, "score": [float(label == "good") for label in labels]})
+    task = load_task(DatasetDict(train=rows, validation=rows))
+    out = finetune(body, tiny_text.tokenizer(), task, tmp_path / "out", **tiny_text.SETTINGS)
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, body.embeddings.word_embeddings.weight)
+
+
+def test_result_is_not_written_over_and_finished_run_is_returned(base: Path, tmp_path: Path) -> None:
+    arguments = tiny_text.SETTINGS | {"epochs": 1}
+    out = finetune(base, None, tiny_text.task(), tmp_path / "out", **arguments)
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(SecateurError, match="already exists"):
+        finetune(base, None, tiny_text.task(), out, **arguments)
+    with pytest.raises(SecateurError, match="already exists"):
+        finetune(base, None, tiny_text.task(), out, **(arguments | {"lr": 2e-3}), resume=True)
+    assert finetune(base, None, tiny_text.task(), out, **arguments, resume=True) == out
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_resume_refuses_other_settings(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "out.run"
+    run.mkdir()
+    (run / "finetune.json").write_text(json.dumps({"settings": {}}))
+    with pytest.raises(SecateurError, match="other settings"):
+        finetune(base, None, tiny_text.task(), tmp_path / "out", **tiny_text.SETTINGS, resume=True)
+
+
+def test_divergence_is_an_error_and_leaves_no_result(tmp_path: Path) -> None:
+    net = tiny_text.model()
+    with torch.no_grad():
+        net.classifier.weight.fill_(float("nan"))
+    with pytest.raises(InvalidModel, match="diverged"):
+        finetune(net, tiny_text.tokenizer(), tiny_text.task(), tmp_path / "out", **(tiny_text.SETTINGS | {"epochs": 1}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_name_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="tokenizer="):
+        finetune(tmp_path, None, tiny_text.task(), tmp_path / "out")
+    with pytest.raises(InvalidModel, match=r"config\.json"):
+        finetune(tmp_path, tiny_text.tokenizer(), tiny_text.task(), tmp_path / "out")
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    only_test = load_task(DatasetDict(test=rows))
+    with pytest.raises(InvalidData, match="'train' split"):
+        finetune(tiny_text.model(), tiny_text.tokenizer(), only_test, tmp_path / "out")
+
+
+def test_sampler_covers_rows_once_and_depends_on_the_epoch() -> None:
+    lengths = [(7 * i) % 50 for i in range(101)]
+    sampler = BucketSampler(lengths, 8, seed=3)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert first == again != second
+    assert sorted(row for group in second for row in group) == list(range(101))
+    assert len(first) == len(sampler) == 13
+    spread = [max(lengths[r] for r in group) - min(lengths[r] for r in group) for group in first]
+    assert max(spread) <= 8
+
+
+def test_bf16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, pays in (({}, False), ({"avx512_f": True}, False), ({"amx_bf16": True}, True), ({"avx512_bf16": 1}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        assert bf16_pays() is pays
+
+
+def test_config_of_the_base_is_untouched(base: Path) -> None:
+    assert BertConfig.from_pretrained(base).num_labels == 3
