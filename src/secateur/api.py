@@ -50,6 +50,7 @@ def compress(
     tokens: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    seconds: float = 4.0,
     progress: bool = False,
 ) -> Result:
     """Cut a fine-tuned model to a budget.
@@ -66,6 +67,7 @@ def compress(
         tokens: tokens per example; the task's median real length if None.
         seed: of every random choice.
         resume: go on with a run that was killed; needs `out`, whose stages are kept in `<out>.run` until the end.
+        seconds: how long to time the two models, in turns.
         progress: show progress on standard error.
 
     Returns:
@@ -96,7 +98,7 @@ def compress(
     outcome = chosen.run(job)
     after = _metrics(run, "evaluate after", outcome.model, words, data, rows, progress)
     timings = run.timed(
-        "measure", lambda: time_interleaved({"before": net, "after": outcome.model}, batch, length)
+        "measure", lambda: time_interleaved({"before": net, "after": outcome.model}, batch, length, seconds=seconds)
     )
     result = Result(
         name=f"{chosen.name} {asked.describe()}",
@@ -270,7 +272,7 @@ def _measured(
         macs=count(macs, batch, tokens),
         params=count(params),
         encoder_params=count(encoder_params),
-        bytes=count(file_bytes),
+        bytes=hub.bytes_on_disk(model),
         metrics=metrics,
         latency_ms={"median": timing.median, "p90": timing.p90, "n": timing.n},
     )

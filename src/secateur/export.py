@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from secateur import hub
 from secateur.errors import InvalidModel, MissingExtra, SecateurError, UnsupportedModel
@@ -37,13 +36,6 @@ EXAMPLE = (2, 8)
 CHECKS = ((1, 1), (1, 7), (3, 33), (5, 16), (2, 512))
 """Batch and tokens at which the export is compared; lengths above the model's longest input are shortened to it."""
 FLAGS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
-
-HEAD_OF = {
-    "ForSequenceClassification": "sequence-classification",
-    "ForImageClassification": "image-classification",
-    "Model": "base",
-}
-"""Ending of a class name → key of `hub.HEADS`."""
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """From named inputs to named outputs, as the opened file computes them."""
@@ -116,7 +108,7 @@ def export(
 
 
 def input_names(model: nn.Module, tokenizer: Any = None) -> tuple[str, ...]:
-    """Inputs of the graph: those the tokenizer makes and the model reads; without a tokenizer, those the config implies."""
+    """Inputs of the graph: what the tokenizer makes and the model reads, or what the config implies without one."""
     main = str(getattr(model, "main_input_name", "input_ids"))
     if main != "input_ids":
         return (main,)
@@ -267,24 +259,13 @@ def _target(source: str | Path | nn.Module, out: str | Path | None, format: str)
 
 def _open(source: str | Path | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
     """The model, from a folder in float32, and its tokenizer if it has one."""
-    if isinstance(source, nn.Module):
-        return source, hub.open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-    model = hub.open_model(source, _head(source))
-    if tokenizer is None and getattr(model, "main_input_name", "input_ids") == "input_ids":
-        tokenizer = source
+    model = source if isinstance(source, nn.Module) else hub.open_any(source)
+    if tokenizer is None and not isinstance(source, nn.Module):
+        folder = Path(source)
+        text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+        if text and (not folder.is_dir() or (folder / "tokenizer_config.json").is_file()):
+            tokenizer = source
     return model, hub.open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-
-
-def _head(source: str | Path) -> str:
-    """The key of `hub.HEADS` for the class that wrote the folder; opening it as another would drop its head."""
-    try:
-        architecture = str((AutoConfig.from_pretrained(source).architectures or ["Model"])[0])
-    except (OSError, ValueError) as error:
-        raise InvalidModel(f"'{source}' cannot be opened as a model: {str(error).strip().splitlines()[0]}") from error
-    for ending, head in HEAD_OF.items():
-        if architecture.endswith(ending):
-            return head
-    raise UnsupportedModel(f"'{source}' holds a {architecture}: open it yourself and pass the model to export.")
 
 
 def _check_exportable(model: nn.Module) -> None:

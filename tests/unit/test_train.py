@@ -156,7 +156,12 @@ def test_sampler_covers_rows_once_and_depends_on_the_epoch() -> None:
 
 def test_bf16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for flags, pays in (({}, False), ({"avx512_f": True}, False), ({"amx_bf16": True}, True), ({"avx512_bf16": 1}, True)):
+    for flags, pays in (
+        ({}, False),
+        ({"avx512_f": True}, False),
+        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": 1}, True),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
         assert bf16_pays() is pays
 

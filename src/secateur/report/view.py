@@ -1,4 +1,4 @@
-"""From `result.json` to what the report shows: numbers formatted and names short, so that the template only places them."""
+"""From `result.json` to what the report shows: numbers formatted, names short, nothing left for the template."""
 
 from __future__ import annotations
 
@@ -245,8 +245,7 @@ def _term(term: Record) -> Term:
     kind, limit, reached = str(term["kind"]), float(term["limit"]), float(term["reached"])
     unit = numbers.unit_of(kind, (limit, reached))
     used = f"{100 * reached / limit:.1f} %" if limit else numbers.MISSING
-    # the last digit of a float sum must not turn a met budget into a missed one
-    met = reached <= limit * (1 + 1e-9)
+    met = bool(term.get("met", reached <= limit))
     name, asked = numbers.quantity_name(kind), str(term.get("asked", ""))
     return Term(name, asked, numbers.amount(limit, unit), numbers.amount(reached, unit), used, met)
 
@@ -298,15 +297,14 @@ def _facts(record: Record) -> tuple[tuple[str, str], ...]:
     method = {key: value for key, value in record["method"].items() if key != "name"}
     facts = [
         ("model", str(record["model"])),
-        ("method", " ".join([str(record["method"].get("name", "")), *_pairs(method)])),
+        ("method", ", ".join([str(record["method"].get("name", "")), *_pairs(method)])),
         ("budget", str(record["budget"].get("text", ""))),
         ("task", ", ".join(_pairs(record["task"]))),
         ("data", ", ".join(_pairs(record.get("data") or {}))),
         ("seed", str(record.get("seed", ""))),
         ("machine", ", ".join(_pairs(record.get("machine") or {}))),
-        ("versions", ", ".join(_pairs(record.get("versions") or {}))),
+        ("versions", ", ".join(_pairs({"secateur": record.get("secateur"), **(record.get("versions") or {})}))),
         ("edits", ", ".join(str(edit.get("type", "")) for edit in record.get("edits") or ())),
-        ("secateur", str(record.get("secateur", ""))),
     ]
     return tuple((name, text) for name, text in facts if text)
 

@@ -74,11 +74,12 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 4.0) ->
     """T²·KL(softmax(teacher/T) || softmax(student/T)) over the last axis, ≥ 0, in float64.
 
     The factor T² keeps the value of the order of the squared logit difference: as T → ∞ it tends to half the mean
-    squared difference of the centred logits.
+    squared difference of the centred logits. With δ = log p - log q the sum is taken of p·(δ + e^(-δ) - 1), which is the same
+    since p and q sum to one, but has no negative terms that nearly cancel the positive ones.
     """
     p = torch.log_softmax(teacher.double() / temperature, -1)
-    q = torch.log_softmax(student.double() / temperature, -1)
-    return temperature**2 * (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    delta = p - torch.log_softmax(student.double() / temperature, -1)
+    return temperature**2 * (p.exp() * (delta + torch.expm1(-delta))).sum(-1).clamp_min(0)
 
 
 def squared_difference(teacher: Tensor, student: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def _class_ids(
                 f"{name} ({split}) has the label {unseen[0]!r}, which is not among those known ({expected}): "
                 "correct it, drop its rows, or add it to the training rows"
             )
-    _check_classes(name, known, sum(len(column) for column in values.values()))
+    _check_classes(name, known, max(len(column) for column in values.values()))
     ordered = _order(known, names, types == {str})
     ids = {value: i for i, value in enumerate(ordered)}
     if names is None and (types == {str} or ordered != list(range(len(ordered)))):
