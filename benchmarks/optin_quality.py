@@ -3,7 +3,8 @@
     python benchmarks/optin_quality.py --task sst2            # about two hours on one core; rows are kept as they come
     python benchmarks/optin_quality.py --task sst2 --table    # print the tables from the kept rows
 
-Every row is one sliced model: the metric on validation and on the labelled test split, the difference to the dense model
+Every row is one sliced model: the metric on validation and on the labelled test split, the difference to the dense
+    model
 with a paired bootstrap interval of 95 %.
 """
 
@@ -83,7 +84,10 @@ def measure(task: str, methods: list[str], budgets: list[int], seeds: list[int],
                     low_high = paired_bootstrap(data.metric, before.logits, after.logits, before.labels)
                     row[split] = after.metrics[data.metric]
                     row[f"{split} difference"] = [round(v, 5) for v in low_high]
-                row["heads"], row["neurons"] = sum(outcome.subnetwork.head_widths), sum(outcome.subnetwork.neuron_widths)
+                row["heads"], row["neurons"] = (
+                    sum(outcome.subnetwork.head_widths),
+                    sum(outcome.subnetwork.neuron_widths),
+                )
                 record["rows"].append(row)
                 write(path, record)
                 print(json.dumps(row), flush=True)

@@ -23,7 +23,13 @@ BERT = dict(
     max_position_embeddings=64,
 )
 VIT = dict(
-    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8, num_labels=3
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=32,
+    patch_size=8,
+    num_labels=3,
 )
 SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 

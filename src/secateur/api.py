@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -33,8 +33,7 @@ from secateur.train import finetune
 
 __all__ = ["compress", "evaluate", "export", "finetune", "measure", "plan"]
 
-TaskLike = str | Path | Dataset | DatasetDict | Task
-Value = TypeVar("Value")
+TaskLike: TypeAlias = str | Path | Dataset | DatasetDict | Task
 
 
 def compress(
@@ -103,19 +102,29 @@ def compress(
     result = Result(
         name=f"{chosen.name} {asked.describe()}",
         source=source,
-        task={"name": data.name, "kind": data.kind, "metric": data.metric, "split": rows, "examples": len(data.split(rows))},
+        task={
+            "name": data.name,
+            "kind": data.kind,
+            "metric": data.metric,
+            "split": rows,
+            "examples": len(data.split(rows)),
+        },
         method=_settings(chosen),
         budget=_reached(asked, limits, outcome, timings["after"]),
         before=_measured(net, batch, length, before, timings["before"]),
         after=_measured(outcome.model, batch, length, after, timings["after"]),
         predicted=_predicted(net, batch, length, outcome.subnetwork, limits),
-        latency_setting={k: v for k, v in asdict(timings["after"]).items() if k in ("batch", "tokens", "threads", "dtype")},
+        latency_setting={
+            k: v for k, v in asdict(timings["after"]).items() if k in ("batch", "tokens", "threads", "dtype")
+        },
         seconds=run.seconds,
         seed=seed,
         versions=versions(),
         machine=machine_fingerprint(),
         data={"fingerprint": identity["task"], "splits": {k: len(v) for k, v in data.splits().items()}},
-        command=shlex.join(["secateur", *sys.argv[1:]]) if Path(sys.argv[0]).name == "secateur" else "secateur.compress",
+        command=shlex.join(["secateur", *sys.argv[1:]])
+        if Path(sys.argv[0]).name == "secateur"
+        else "secateur.compress",
         edits=[edit.to_dict() for edit in hub.edits_of(outcome.model)],
         subnetwork=outcome.subnetwork.to_dict(),
         blocks={"heads": [s.name for s in sites(net).heads], "neurons": [s.name for s in sites(net).neurons]},
@@ -145,7 +154,8 @@ def plan(
     Args: as `compress`.
 
     Returns:
-        `limits` (kind, limit, before, predicted), `heads` and `neurons` kept per block if every unit had the same score,
+        `limits` (kind, limit, before, predicted), `heads` and `neurons` kept per block if every unit had the same
+        score,
         and the setting.
     """
     chosen, asked = method_of(method), Budget.parse(budget)

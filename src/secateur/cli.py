@@ -24,20 +24,28 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a hub id.")]
 TaskOption = Annotated[
-    str, typer.Option("--task", "-t", help="A GLUE task (sst2, glue/stsb, …), a CSV/JSONL/Parquet file, or a folder of them.")
+    str,
+    typer.Option(
+        "--task", "-t", help="A GLUE task (sst2, glue/stsb, …), a CSV/JSONL/Parquet file, or a folder of them."
+    ),
 ]
-TokenizerOption = Annotated[str | None, typer.Option(help="Folder or hub id of the tokenizer, if the model's has none.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the tokenizer, if the model's has none.")
+]
 TextOption = Annotated[str | None, typer.Option(help="Text column, or two: premise,hypothesis.")]
 LabelOption = Annotated[str | None, typer.Option(help="Label column.")]
 MetricOption = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman.")]
 SplitOption = Annotated[str | None, typer.Option(help="Rows to judge by: validation (default), test or train.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Examples per pass, for MACs and latency.")]
-TokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens per example; the task's median length by default.")]
+TokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens per example; the task's median length by default.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", "-s", help="A hyper-parameter of the method, such as lambda_c=0.1; repeat for more.")
+    list[str] | None,
+    typer.Option("--set", "-s", help="A hyper-parameter of the method, such as lambda_c=0.1; repeat for more."),
 ]
 
 
@@ -101,7 +109,9 @@ def compress(
     task: TaskOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("out"),
     method: Annotated[str, typer.Option("--method", "-m", help="See `secateur list`.")] = "optin",
-    budget: Annotated[str, typer.Option("--budget", "-b", help="Such as macs<=60%, or latency<=12ms,size<=20MB.")] = "macs<=60%",
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="Such as macs<=60%, or latency<=12ms,size<=20MB.")
+    ] = "macs<=60%",
     setting: Settings = None,
     tokenizer: TokenizerOption = None,
     text: TextOption = None,
@@ -113,7 +123,9 @@ def compress(
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what a run would aim at, without doing it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what a run would aim at, without doing it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Cut a fine-tuned model to a budget and write a folder that plain `from_pretrained` opens."""
@@ -125,7 +137,9 @@ def compress(
     chosen = method_of(method, **_settings(setting))
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
     if dry_run:
-        found = api.plan(model, chosen, task=data, budget=budget, tokenizer=tokenizer, batch=batch, tokens=tokens, seed=seed)
+        found = api.plan(
+            model, chosen, task=data, budget=budget, tokenizer=tokenizer, batch=batch, tokens=tokens, seed=seed
+        )
         _show(found, as_json, lambda: _print_plan(found))
         return
     result = api.compress(
@@ -195,7 +209,9 @@ def evaluate(
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; by default <model>/<format>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; by default <model>/<format>.")
+    ] = None,
     format: Annotated[str, typer.Option("--format", "-f", help="onnx or openvino.")] = "onnx",
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
@@ -232,7 +248,7 @@ def list_(as_json: JsonOption = False) -> None:
     from secateur.methods import METHODS
     from secateur.tasks import PRESETS
 
-    found = {
+    found: dict[str, Any] = {
         "methods": {name: {f.name: f.default for f in fields(cls)} for name, cls in METHODS.items()},
         "budgets": sorted(UNITS),
         "tasks": sorted(PRESETS),
@@ -240,7 +256,7 @@ def list_(as_json: JsonOption = False) -> None:
     }
 
     def lines() -> None:
-        for name, settings in found["methods"].items():  # type: ignore[union-attr]
+        for name, settings in found["methods"].items():
             typer.echo(f"method {name}: " + ", ".join(f"{key}={value}" for key, value in settings.items()))
         for what in ("budgets", "tasks", "architectures"):
             typer.echo(f"{what}: {', '.join(found[what])}")
@@ -250,6 +266,9 @@ def list_(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can act on are one line and exit code 2."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars for opening and saving a folder would drown ours
     try:
         app()
     except SecateurError as error:
@@ -274,7 +293,10 @@ def _print_results(records: list[dict[str, Any]]) -> None:
 
 def _print_plan(found: dict[str, Any]) -> None:
     for limit in found["limits"]:
-        typer.echo(f"{limit['kind']}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked, {limit['predicted']:.4g} planned")
+        typer.echo(
+            f"{limit['kind']}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked, "
+            f"{limit['predicted']:.4g} planned"
+        )
     typer.echo(f"heads kept if all units mattered alike: {found['heads']}")
     typer.echo(f"neurons kept if all units mattered alike: {found['neurons']}")
     typer.echo(f"setting: {_numbers(found['setting'])}")

@@ -52,6 +52,6 @@ def _dense(out: Path, task: Task) -> Path:
     wanted = {"settings": FINETUNE, "data": fingerprint(task)}
     if marker.is_file() and read_json(marker) == wanted:
         return folder
-    api.finetune(assets.demo_model(), None, task, folder, **FINETUNE, resume=True, progress=True)
+    api.finetune(assets.demo_model(), None, task, folder, **FINETUNE, resume=True, progress=True)  # type: ignore[arg-type]
     write_json(marker, wanted)
     return folder

@@ -1,7 +1,8 @@
 """Where heads and neurons live in each architecture: data, written once per architecture.
 
 A `Family` lists its stacks of layers; a stack lists its attention blocks and its feed-forward block; a block lists the
-`Cut`s, the tensor axes that shrink when one of its units goes. `sites(model)` resolves the table on a live model (also one
+`Cut`s, the tensor axes that shrink when one of its units goes. `sites(model)` resolves the table on a live model
+(also one
 that was sliced before) and raises `UnsupportedModel` if the installed transformers names things differently.
 
 To add an architecture, add one entry to `FAMILIES`; the contract suite proves it.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -48,7 +49,8 @@ class Block:
         path: the module whose forward computes the block (attention without heads is bypassed there).
         cuts: every axis that shrinks; exactly one has side `"in"`: the output projection, where gates act.
         head_dim: for heads, the attribute of the module that holds the width of one head.
-        group: for heads, the attribute that holds the number of query heads per key-value head (grouped-query attention).
+        group: for heads, the attribute that holds the number of query heads per key-value head (grouped-query
+            attention).
         counts: attributes of the module to set to the number of units after slicing.
         widths: attributes to set to units × head width after slicing.
         returns: length of the tuple that the attention module returns.
@@ -135,7 +137,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites:
-    """All blocks of a model, in a fixed order: stack by stack, layer by layer (self-attention before cross-attention)."""
+    """All blocks of a model, stack by stack and layer by layer (self-attention before cross-attention)."""
 
     family: Family
     heads: tuple[Site, ...]
@@ -204,7 +206,14 @@ def _t5_stacks(up: tuple[str, ...]) -> tuple[Stack, ...]:
     def attention(path: str, cross: bool = False) -> Block:
         qkv = (f"{path}.q", f"{path}.k", f"{path}.v")
         return _attention(
-            path, qkv, f"{path}.o", "key_value_proj_dim", counts=("n_heads",), widths=("inner_dim",), returns=3, cross=cross
+            path,
+            qkv,
+            f"{path}.o",
+            "key_value_proj_dim",
+            counts=("n_heads",),
+            widths=("inner_dim",),
+            returns=3,
+            cross=cross,
         )
 
     def ffn(layer: str) -> Block:
@@ -258,7 +267,9 @@ _LLAMA_ATTENTION = _attention(
 _BART_STACKS = (
     Stack("encoder.layers", (_bart_attention("self_attn"),), _ffn("", "fc1", "fc2")),
     Stack(
-        "decoder.layers", (_bart_attention("self_attn"), _bart_attention("encoder_attn", cross=True)), _ffn("", "fc1", "fc2")
+        "decoder.layers",
+        (_bart_attention("self_attn"), _bart_attention("encoder_attn", cross=True)),
+        _ffn("", "fc1", "fc2"),
     ),
 )
 _VIT_LAYERS = (Stack("layers", (_vit_attention(),), _ffn("mlp", "mlp.fc1", "mlp.fc2")),)
@@ -285,7 +296,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             "deberta-v2",
             ("deberta-v2",),
-            (Stack("encoder.layer", (_DEBERTA_ATTENTION,), _ffn("intermediate", "intermediate.dense", "output.dense")),),
+            (
+                Stack(
+                    "encoder.layer", (_DEBERTA_ATTENTION,), _ffn("intermediate", "intermediate.dense", "output.dense")
+                ),
+            ),
         ),
         Family(
             "modernbert",
@@ -336,12 +351,12 @@ FAMILIES: dict[str, Family] = {
 
 def in_features(module: nn.Module) -> int:
     """Inputs of a linear map: `nn.Linear` stores W as (out, in), `Conv1D` as (in, out)."""
-    return _weight(module).shape[axis(module, "in")]
+    return weight_of(module).shape[axis(module, "in")]
 
 
 def out_features(module: nn.Module) -> int:
     """Outputs of a linear map."""
-    return _weight(module).shape[axis(module, "out")]
+    return weight_of(module).shape[axis(module, "out")]
 
 
 def axis(module: nn.Module, side: Literal["out", "in"]) -> int:
@@ -352,11 +367,12 @@ def axis(module: nn.Module, side: Literal["out", "in"]) -> int:
 
 def output_weight(site: Site) -> torch.Tensor:
     """Weight of the block's output projection as (hidden, units × width), whatever the module's own layout."""
-    weight = _weight(site.output)
+    weight = weight_of(site.output)
     return weight if axis(site.output, "out") == 0 else weight.T
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear map."""
     weight = module.weight
     if not isinstance(weight, torch.Tensor):
         raise UnsupportedModel(f"{type(module).__name__} has no weight tensor: secateur cuts linear maps only.")
@@ -455,7 +471,7 @@ def _require(root: nn.Module, path: str, family: Family, prefix: str = "") -> nn
     return module
 
 
-def _attribute(module: nn.Module, name: str, family: Family, path: str) -> object:
+def _attribute(module: nn.Module, name: str, family: Family, path: str) -> Any:
     if not hasattr(module, name):
         raise UnsupportedModel(f"Module '{path}' has no attribute '{name}', which family '{family.name}' expects.")
     return getattr(module, name)

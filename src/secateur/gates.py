@@ -1,6 +1,7 @@
 """Gates: multiply heads and neurons by a differentiable mask while a context is open.
 
-A gate is a forward-pre-hook on the input of a block's output projection, the one place where every unit's contribution is
+A gate is a forward-pre-hook on the input of a block's output projection, the one place where every unit's
+contribution is
 still separate, whatever the attention kernel. Leaving the context, also by an exception, removes every hook.
 """
 
@@ -47,7 +48,9 @@ def _pair(blocks: Sequence[Site], masks: Sequence[Tensor | None] | None, what: s
         raise SecateurError(f"{len(masks)} masks of {what} given, the model has {len(blocks)} blocks of them.")
     for site, mask in zip(blocks, masks, strict=True):
         if mask is not None and mask.shape[-1] != site.units:
-            raise SecateurError(f"The mask for '{site.name}' has {mask.shape[-1]} entries, the block {site.units} {what}.")
+            raise SecateurError(
+                f"The mask for '{site.name}' has {mask.shape[-1]} entries, the block {site.units} {what}."
+            )
     return [(site, mask) for site, mask in zip(blocks, masks, strict=True) if mask is not None]
 
 

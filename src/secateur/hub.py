@@ -1,7 +1,9 @@
 """Folders that plain `AutoModelFor….from_pretrained` opens: the transformers plug-in, opening and saving.
 
-Edits travel in `config.json` as `quantization_config = {"quant_method": "secateur", "version": 1, "edits": [...]}`. Importing
-secateur registers the plug-in that shapes the empty model by them before transformers reads the weights. Without the import,
+Edits travel in `config.json` as `quantization_config = {"quant_method": "secateur", "version": 1, "edits": [...]}`.
+Importing
+secateur registers the plug-in that shapes the empty model by them before transformers reads the weights. Without the
+import,
 transformers finds tensors of other shapes than it expects and refuses the folder.
 """
 
@@ -56,7 +58,8 @@ class SecateurConfig(QuantizationConfigMixin):
     ) -> None:
         if version != FORMAT_VERSION:
             raise InvalidModel(
-                f"config.json: secateur format version {version!r} is not {FORMAT_VERSION}: install the secateur that wrote it."
+                f"config.json: secateur format version {version!r} is not {FORMAT_VERSION}: install the "
+                f"secateur that wrote it."
             )
         if unknown:
             raise InvalidModel(f"config.json: unknown keys {sorted(unknown)} in the secateur block: upgrade secateur.")
@@ -81,7 +84,7 @@ class SecateurConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(QUANT_METHOD)
-class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
+class SecateurQuantizer(HfQuantizer):
     """Shapes the empty model by its edits before transformers reads the weights."""
 
     quantization_config: SecateurConfig
@@ -98,7 +101,8 @@ class SecateurQuantizer(HfQuantizer):  # type: ignore[misc]
             stored = (weights.metadata() or {}).get(_DIGEST)
         if stored is not None and stored != self.quantization_config.digest:
             raise InvalidModel(
-                f"The edits in config.json are not those {file.name} was saved with: restore config.json or compress again."
+                f"The edits in config.json are not those {file.name} was saved with: restore config.json or "
+                f"compress again."
             )
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
@@ -123,8 +127,8 @@ def edits_of(model: nn.Module) -> list[Edit]:
     return list(config.edits) if isinstance(config, SecateurConfig) else []
 
 
-def attach(model: nn.Module, edits: Sequence[Edit]) -> None:
-    """Record edits that were just applied to the model after those it carries, so that `save_pretrained` writes them."""
+def attach(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
+    """Record edits that were just applied, after those the model carries, so that `save_pretrained` writes them."""
     merged = merge([*edits_of(model), *edits])
     config = SecateurConfig(FORMAT_VERSION, [edit.to_dict() for edit in merged])
     quantizer = SecateurQuantizer(config)
@@ -200,7 +204,8 @@ def _check_folder(folder: Path, what: str) -> None:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise InvalidModel(
-                f"'{what}' has only pickled weights ({pickles[0]}), which can run code: convert them to safetensors first."
+                f"'{what}' has only pickled weights ({pickles[0]}), which can run code: convert them to "
+                f"safetensors first."
             )
         raise InvalidModel(f"'{what}' has no model.safetensors.")
 
@@ -238,7 +243,9 @@ def save_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         if old.exists() and not target.exists():
             old.rename(target)
-        raise SecateurError(f"'{folder}' was not written ({error.strerror or error}); what was there is untouched.") from error
+        raise SecateurError(
+            f"'{folder}' was not written ({error.strerror or error}); what was there is untouched."
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

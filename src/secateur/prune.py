@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from secateur import hub
 from secateur.costs.latency import time_model
-from secateur.edits import Slice, apply_edits
+from secateur.edits import Edit, Slice, apply_edits
 from secateur.errors import InvalidData
 from secateur.families import sites
 from secateur.repair import fold_scales
@@ -52,14 +51,12 @@ def prune(
     Returns:
         A new, sliced model; `job.model` is left as it was.
     """
-    found = job.run.record(
-        "search", lambda: search(job, scores, multiple=multiple, head_rate=head_rate).to_dict()
-    )
+    found = job.run.record("search", lambda: search(job, scores, multiple=multiple, head_rate=head_rate).to_dict())
     sub = SubNetwork.from_dict(found)
     if gradients is not None:
         chosen = gradients
         sub = SubNetwork.from_dict(job.run.record("rearrange", lambda: rearranged(sub, chosen).to_dict()))
-    model = cast(PreTrainedModel, copy.deepcopy(job.model))
+    model = copy.deepcopy(job.model)
     if tune != "none":
         if not calibration:
             raise InvalidData("Tuning needs calibration batches.")
@@ -74,10 +71,10 @@ def prune(
         with torch.no_grad():
             for name, parameter in _projections(model).items():
                 parameter.copy_(solved[name])
-    edits = [Slice(sub)]
+    edits: list[Edit] = [Slice(sub)]
     apply_edits(model, edits)
     hub.attach(model, edits)
-    return Outcome(model.eval(), list(edits), sub, scores)
+    return Outcome(model.eval(), edits, sub, scores)
 
 
 def _projections(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -86,9 +83,10 @@ def _projections(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def search(job: Job, scores: UnitScores, *, multiple: int, head_rate: float) -> SubNetwork:
-    """The best sub-network under the budget; latency is measured, and the limit tightened until the measurement meets it.
+    """The best sub-network under the budget, checked by the clock.
 
-    A table predicts, the timer judges: at most `ATTEMPTS` times a missed limit is lowered by the share of the miss.
+    A table predicts latency, the timer judges it: at most `ATTEMPTS` times a missed limit is lowered by
+    the share of the miss.
     """
     limits = list(job.constraints)
     sub = allocate(scores, limits, multiple=multiple, head_rate=head_rate)

@@ -2,9 +2,11 @@
 
 Forward overrides cover them, both as plain attributes of the module instance, so that weights keep their names:
 
-* a block without units: reshaping an empty tensor to (…, -1, head_dim) is undefined in torch, so the block is bypassed and
+* a block without units: reshaping an empty tensor to (…, -1, head_dim) is undefined in torch, so the block is
+  bypassed and
   contributes only the bias of its output projection;
-* a position bias shared by all layers (MPNet, T5): it has one row per head of the dense model, so each layer picks the rows
+* a position bias shared by all layers (MPNet, T5): it has one row per head of the dense model, so each layer picks
+  the rows
   of the heads it kept and hands the whole bias on.
 """
 
@@ -48,7 +50,7 @@ def after_slice(site: Site, kept: list[int], family_quirk: str) -> None:
 
 
 def _override(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(forward, module)
 
 
 def _projection_inside(site: Site) -> str:
@@ -121,7 +123,9 @@ def _t5(site: Site) -> None:
             cache = kwargs.get("past_key_values")
             past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
             length = hidden_states.shape[1]
-            bias = module.compute_bias(length, length + past, device=hidden_states.device, past_seen_tokens=past)
+            bias = module.compute_bias(  # type: ignore[operator]
+                length, length + past, device=hidden_states.device, past_seen_tokens=past
+            )
         if not kept:
             return _empty_context(module, hidden_states, "o", width, **kwargs), bias, None
         # a bias of one row is the all-zero one of cross-attention: it broadcasts over any number of heads
@@ -148,16 +152,18 @@ def shorten(module: nn.Module, dimension: int, index: Tensor, bias: bool) -> Non
         parameters.append(("bias", 0))
     for name, axis in parameters:
         old = getattr(module, name)
-        new = nn.Parameter(old.detach().index_select(axis, index.to(old.device)).contiguous(), requires_grad=old.requires_grad)
+        new = nn.Parameter(
+            old.detach().index_select(axis, index.to(old.device)).contiguous(), requires_grad=old.requires_grad
+        )
         setattr(module, name, new)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif hasattr(module, "nf"):
-        module.nx, module.nf = module.weight.shape
+        module.nf = out_features(module)  # type: ignore[assignment]
 
 
 def unit_index(kept: list[int], units: int, size: int, parts: int) -> Tensor:
-    """Positions along an axis of `size` that belong to the kept units, the axis being `parts` slabs of `units` units each.
+    """Positions along an axis that belong to the kept units; the axis is `parts` slabs of `units` units each.
 
     Returns:
         int64 tensor of parts × len(kept) × (size / parts / units) positions, in order.

@@ -1,9 +1,9 @@
 """Repair of a chosen sub-network without training: rearrangement, and least-squares tuning of the kept units.
 
-Both after Kwon et al. (NeurIPS 2022). `rearrange` swaps kept and removed units of a block so that the removed ones harm least
-together. `tune` goes through the network from its input and solves, block by block, for the output projection that brings the
-pruned network's residual stream back to the teacher's; `fold_scales` writes the answer into the weights, so that the result
-is a plain model.
+Both after Kwon et al. (NeurIPS 2022). `rearrange` swaps kept and removed units of a block so that the removed ones
+harm least together. `tune` goes through the network from its input and solves, block by block, for the output
+projection that brings the pruned network's residual stream back to the teacher's; `fold_scales` writes the answer
+into the weights, so that the result is a plain model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from secateur.subnetwork import Mask, SubNetwork
 SANE = 10.0  # a scale beyond ±10 means that the least-squares problem was not well posed
 
 
-# --- rearrangement ---------------------------------------------------------------------------------------------------------
+# --- rearrangement --------------------------------------------------------------------------------
 
 
 def rearrange(sub: SubNetwork, gradients: UnitGradients, *, sweeps: int = 1) -> SubNetwork:
@@ -53,9 +53,10 @@ def rearrange(sub: SubNetwork, gradients: UnitGradients, *, sweeps: int = 1) -> 
 
 
 def rearrange_block(mask: Mask, gradients: Tensor, sweeps: int = 1) -> Mask:
-    """One block: each kept unit, least important first, joins the removed set, then the member that harms most leaves it.
+    """One block: each kept unit, least important first, joins the removed set, then its most harmful member leaves.
 
-    With K = GᵀG and c = K·1_S, removing k from S changes cost(S) = 1_SᵀK1_S by K_kk - 2c_k, so that a step costs O(units).
+    With K = GᵀG and c = K·1_S, removing k from S changes cost(S) = 1_SᵀK1_S by K_kk - 2c_k, so that a step costs
+    O(units).
     """
     removed = ~np.array(mask, dtype=bool)
     if not removed.any() or removed.all():
@@ -86,7 +87,7 @@ def removal_cost(mask: Mask, gradients: Tensor) -> float:
     return float(gradients.double()[:, removed].sum(1).square().sum())
 
 
-# --- least squares: pure functions of second moments -------------------------------------------------------------------------
+# --- least squares: pure functions of second moments ----------------------------------------------
 
 
 @dataclass
@@ -109,7 +110,9 @@ class Moments:
 
     @classmethod
     def empty(cls, inputs: int, hidden: int) -> Moments:
-        return cls(0, *(torch.zeros(s, dtype=torch.float64) for s in ((inputs, inputs), (inputs, hidden), inputs, hidden)))
+        return cls(
+            0, *(torch.zeros(s, dtype=torch.float64) for s in ((inputs, inputs), (inputs, hidden), inputs, hidden))
+        )
 
     def add(self, z: Tensor, y: Tensor) -> None:
         """Add rows z (tokens, inputs) and y (tokens, hidden)."""
@@ -120,11 +123,13 @@ class Moments:
         self.y += y.double().sum(0).cpu()
 
 
-def solve_scales(moments: Moments, weight: Tensor, width: int, *, damping: float = 1.0, intercept: bool = False) -> Tensor:
+def solve_scales(
+    moments: Moments, weight: Tensor, width: int, *, damping: float = 1.0, intercept: bool = False
+) -> Tensor:
     """One scale per unit: argmin_m Σ_t ||Σ_u m_u W_u z_tu - y_t||² + damping·||m - 1||².
 
-    Solved for δ = m - 1 from (AᵀA + damping·I) δ = Aᵀb - AᵀA·1 by Cholesky in float64: the normal matrix is small, so that a
-    direct solve is exact where an iterative one (LSMR on AᵀA, in the published code) has to be stopped.
+    Solved for δ = m - 1 from (AᵀA + damping·I) δ = Aᵀb - AᵀA·1 by Cholesky in float64: the normal matrix is small, so
+    that a direct solve is exact where an iterative one (LSMR on AᵀA, in the published code) has to be stopped.
 
     Args:
         moments: of the unscaled problem; `y` without the projection's bias.
@@ -149,7 +154,9 @@ def solve_scales(moments: Moments, weight: Tensor, width: int, *, damping: float
     return 1 + _ridge_solve(A, right[:, None], damping)[:units, 0]
 
 
-def solve_projection(moments: Moments, weight: Tensor, bias: Tensor | None, *, ridge: float) -> tuple[Tensor, Tensor | None]:
+def solve_projection(
+    moments: Moments, weight: Tensor, bias: Tensor | None, *, ridge: float
+) -> tuple[Tensor, Tensor | None]:
     """The whole output projection: argmin Σ_t ||W' z_t + b' - y_t||² + λ||W' - W||², λ = ridge × mean of diag(Σ z zᵀ).
 
     With a bias, z and y are centred first and b' = mean(y) - W' mean(z); `y` includes the bias.
@@ -175,7 +182,7 @@ def _ridge_solve(matrix: Tensor, right: Tensor, strength: float) -> Tensor:
     return torch.cholesky_solve(right, factor) if int(failed) == 0 else torch.full_like(right, torch.nan)
 
 
-# --- tuning ------------------------------------------------------------------------------------------------------------------
+# --- tuning ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -198,8 +205,8 @@ class Tuning:
     """Corrections of all blocks, in the order of `families.sites(model)`.
 
     Attributes:
-        stopped_at: the block at which tuning stopped because its solution was not sane; "" if it went through. That block
-            and the later ones keep their weights.
+        stopped_at: the block at which tuning stopped because its solution was not sane; "" if it went through. That
+            block and the later ones keep their weights.
     """
 
     heads: list[Correction] = field(default_factory=list)
@@ -228,8 +235,8 @@ def tune(
         model: the unsliced model; it is not changed.
         sub: what is kept.
         batches: model inputs; labels are ignored.
-        mode: `"scale"` finds one factor per kept head and neuron (the published method), `"full"` the whole kept part of the
-            output projection and its bias.
+        mode: `"scale"` finds one factor per kept head and neuron (the published method), `"full"` the whole kept part
+            of the output projection and its bias.
         teacher: a larger sub-network as teacher; by default the dense model.
         damping: of `solve_scales`.
         ridge: of `solve_projection`.

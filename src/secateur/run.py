@@ -101,7 +101,8 @@ class Method(Protocol):
 class Run:
     """Stages of a long computation, each kept on disk when it is done.
 
-    A run that is killed leaves its finished stages; opened again with `resume=True` it hands them back, so it ends with the
+    A run that is killed leaves its finished stages; opened again with `resume=True` it hands them back, so it ends
+    with the
     same numbers. Files are written to a temporary name and renamed.
 
     Args:
@@ -125,7 +126,9 @@ class Run:
                 raise SecateurError(f"There is no unfinished run at '{folder}': run without --resume.")
             changed = sorted(k for k in {*found, *identity} if found.get(k) != json.loads(json.dumps(identity)).get(k))
             if changed:
-                raise SecateurError(f"The run at '{folder}' was started with another {', '.join(changed)}: run without --resume.")
+                raise SecateurError(
+                    f"The run at '{folder}' was started with another {', '.join(changed)}: run without --resume."
+                )
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`SubNetwork`: which heads and neurons of each block are kept, the one currency between scoring, search, cost and cutting."""
+"""`SubNetwork`: which units of each block are kept; scoring, search, cost and cutting all speak it."""
 
 from __future__ import annotations
 
@@ -77,10 +77,14 @@ class SubNetwork:
         """Raise `SecateurError` unless every mask is as long as its block has units."""
         for what, masks, blocks in (("heads", self.heads, found.heads), ("neurons", self.neurons, found.neurons)):
             if len(masks) != len(blocks):
-                raise SecateurError(f"The sub-network lists {what} for {len(masks)} blocks, the model has {len(blocks)}.")
+                raise SecateurError(
+                    f"The sub-network lists {what} for {len(masks)} blocks, the model has {len(blocks)}."
+                )
             for mask, site in zip(masks, blocks, strict=True):
                 if len(mask) != site.units:
-                    raise SecateurError(f"The sub-network lists {len(mask)} {what} for '{site.name}', which has {site.units}.")
+                    raise SecateurError(
+                        f"The sub-network lists {len(mask)} {what} for '{site.name}', which has {site.units}."
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Compact JSON form: each mask as "<units>:<hex>", most significant bit first."""

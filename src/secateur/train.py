@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from secateur.errors import InvalidModel, SecateurError
+from secateur.hub import save_folder, write_model
 from secateur.progress import Advance
 from secateur.progress import progress as show_progress
 from secateur.tasks.batching import BucketSampler, Encoded, encode, token_limit
@@ -270,7 +271,7 @@ def _weights_hash(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -324,20 +325,16 @@ def _check_finite(model: PreTrainedModel) -> None:
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, record: dict[str, Any]) -> None:
-    """Write the result to a temporary sibling and rename it."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # else the last call's truncation would be stored in tokenizer.json
         backend.no_truncation()
         backend.no_padding()
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / RECORD).write_text(json.dumps(record))
-    if out.exists():
-        out.rmdir()
-    os.rename(partial, out)
+
+    def write(folder: Path) -> None:
+        write_model(folder, model, tokenizer)
+        (folder / RECORD).write_text(json.dumps(record))
+
+    save_folder(out, write)
 
 
 @contextmanager

@@ -62,7 +62,9 @@ def tiny_task(rows: int = 60, seed: int = 0) -> secateur.Task:
     generator = torch.Generator().manual_seed(seed)
     texts, labels = [], []
     for _ in range(rows):
-        ids = torch.randint(0, 94, (int(torch.randint(4, 12, (1,), generator=generator)),), generator=generator).tolist()
+        ids = torch.randint(
+            0, 94, (int(torch.randint(4, 12, (1,), generator=generator)),), generator=generator
+        ).tolist()
         texts.append(" ".join(WORDS[i] for i in ids))
         labels.append(int(ids[0] >= 47))
     return secateur.load_task(Dataset.from_dict({"text": texts, "label": labels}))
@@ -95,7 +97,9 @@ def test_method_meets_its_budget_and_round_trips(setting: str, tmp_path: Path) -
         assert torch.equal(again(**batch).logits, result.model(**batch).logits)
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert record == json.loads(json.dumps(result.to_dict()))
-    assert {"README.md", "report.html", "config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"README.md", "report.html", "config.json", "tokenizer.json"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
     assert not (tmp_path / "out.run").exists()
 
 
@@ -135,7 +139,10 @@ def test_optin_never_reads_labels() -> None:
 
 def test_regression_is_pruned_without_labels() -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = {"text": [" ".join(WORDS[i : i + 6]) for i in range(60)], "score": torch.rand(60, generator=generator).tolist()}
+    rows = {
+        "text": [" ".join(WORDS[i : i + 6]) for i in range(60)],
+        "score": torch.rand(60, generator=generator).tolist(),
+    }
     task = secateur.load_task(Dataset.from_dict(rows))
     result = compress(
         tiny_model("bert", num_labels=1), SETTINGS["optin repaired"], task=task, tokenizer=tiny_tokenizer()

@@ -52,12 +52,17 @@ def test_reopened_model_trains_and_slices_again(family: str, tmp_path: Path) -> 
     model, batch = sliced(family), tiny_batch(family)
     model.save_pretrained(tmp_path / "once")
     model = auto_class(family).from_pretrained(tmp_path / "once")
-    labels = torch.tensor([0, 1, 0]) if TINY[family][1].endswith("Classification") else batch.get(
-        "decoder_input_ids", batch["input_ids"] if "input_ids" in batch else None
-    )
+    classifies = TINY[family][1].endswith("Classification")
+    labels = torch.tensor([0, 1, 0]) if classifies else batch.get("decoder_input_ids", batch.get("input_ids"))
     rows = [{key: value[i] for key, value in {**batch, "labels": labels}.items()} for i in range(3)]
     arguments = transformers.TrainingArguments(
-        tmp_path / "run", max_steps=2, learning_rate=0.01, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+        tmp_path / "run",
+        max_steps=2,
+        learning_rate=0.01,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = transformers.Trainer(model, arguments, train_dataset=rows)
@@ -82,7 +87,9 @@ def test_without_the_package_the_folder_is_refused(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode != 0
     assert "size" in run.stderr.lower()
-    run = subprocess.run([sys.executable, "-c", "import secateur; " + code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", "import secateur; " + code], capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
 
 

@@ -97,7 +97,7 @@ def test_counts_of_bert_base(costs: tuple[float, float], share: float, heads: in
     assert kept.min() >= cut.max()  # the best of all blocks together
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("multiple", [1, 2, 4])
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.9])
 def test_linear_equals_brute_force(seed: int, multiple: int, share: float) -> None:
@@ -136,7 +136,7 @@ def random_table(scores: UnitScores, seed: int) -> LatencyTable:
     return LatencyTable(1.0, heads, neurons, TIMING)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_latency_equals_brute_force(seed: int, share: float) -> None:
     scores = random_scores([2, 3], [5, 6], seed)
@@ -152,7 +152,7 @@ def test_latency_equals_brute_force(seed: int, share: float) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_latency_and_linear_limits_together(seed: int) -> None:
-    scores = random_scores([3, 4], [6, 6, 6], seed)
+    scores = random_scores([2, 3], [6, 6], seed)
     table = random_table(scores, seed)
     full = everything(scores)
     cost = uniform(scores, 5.0, 1.0)
@@ -179,7 +179,7 @@ def test_more_budget_is_never_worse(multiple: int) -> None:
     assert values == sorted(values)
 
 
-@pytest.mark.parametrize("multiple", [1, 8, 64])
+@pytest.mark.parametrize("multiple", [8, 64])
 @pytest.mark.parametrize("kind", ["macs", "latency", "both"])
 def test_nothing_more_fits(multiple: int, kind: str) -> None:
     scores = random_scores([4] * 3, [200] * 3, seed=3)

@@ -22,7 +22,6 @@ from secateur.scores.trajectory import TrajectoryScores, cosine_gram
 from secateur.subnetwork import SubNetwork, UnitScores
 from tests.conftest import tiny_batch, tiny_model
 
-
 SMALL = {
     "distilbert": dict(n_layers=2, hidden_dim=6),
     "dinov2": dict(num_hidden_layers=2, mlp_ratio=1),
@@ -33,8 +32,8 @@ SMALL = {
 
 
 def double(family: str, **overrides: object) -> tuple[nn.Module, dict[str, Tensor]]:
-    batch = tiny_batch(family)
-    return tiny_model(family, **overrides).double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in tiny_batch(family).items()}
+    return tiny_model(family, **overrides).double(), batch
 
 
 def flat(scores: UnitScores) -> Tensor:
@@ -170,7 +169,8 @@ def test_model_is_left_as_it_was() -> None:
     exact_scores(model, [tiny_batch("bert")], tokens=9)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
-    assert all("forward" not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all("forward" not in m.__dict__ for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
 
 

@@ -164,6 +164,11 @@ def test_folder_of_splits(tmp_path: Path) -> None:
         load_task(tmp_path)
 
 
+def test_categories_are_read_as_their_values(tmp_path: Path) -> None:
+    table(label=pd.Categorical(["good", "bad"] * 20)).to_parquet(tmp_path / "data.parquet")
+    assert load_task(tmp_path / "data.parquet").label_names == ("bad", "good")
+
+
 def test_shards_are_joined_and_missing_validation_is_cut_from_train(tmp_path: Path) -> None:
     for i in range(2):
         frame = table(20, label=[0, 1] * 10)
@@ -186,6 +191,7 @@ def test_saved_dataset(tmp_path: Path) -> None:
         ("a.csv", b"", "is empty"),
         ("a.csv", b"text,label\n", "no rows"),
         ("a.xlsx", b"x", "unknown file type"),
+        ("a.csv", b"text,text,label\na,b,0\n", "two columns named 'text'"),
         ("a.csv", b"text,label\na,0,1\n", "cannot read"),
         ("a.jsonl", b'{"text": "a"\n', "cannot read"),
         ("a.json", b"[1, 2]", "cannot read"),

@@ -15,7 +15,10 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, TrainerCallback
 
+from secateur.edits import Slice, apply_edits
 from secateur.errors import InvalidData, InvalidModel, SecateurError
+from secateur.hub import attach, save_model
+from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate, load_task
 from secateur.tasks.batching import BucketSampler
 from secateur.train import bf16_pays, finetune, last_checkpoint
@@ -62,7 +65,7 @@ def test_killed_run_resumes_to_the_same_weights(base: Path, tmp_path: Path) -> N
 
 def test_learns_and_the_folder_opens_with_labels(base: Path, tmp_path: Path) -> None:
     task = tiny_text.task(train=200)
-    settings = tiny_text.SETTINGS | {"epochs": 8, "lr": 5e-3, "dropout": 0.0}
+    settings = tiny_text.SETTINGS | {"epochs": 8, "lr": 5e-3, "dropout": 0.0, "batch_size": 16}
     out = finetune(base, None, task, tmp_path / "out", **settings)
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert model.config.id2label == {0: "bad", 1: "good"}
@@ -130,8 +133,23 @@ def test_divergence_is_an_error_and_leaves_no_result(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_sliced_folder_trains_on_and_stays_sliced(tmp_path: Path) -> None:
+    net = tiny_text.model()
+    kept = SubNetwork(((False, False), (True, False)), ((True, False) * 12, (True,) * 24))
+    cut = [Slice(kept)]
+    apply_edits(net, cut)
+    attach(net, cut)
+    save_model(tmp_path / "sliced", net, tiny_text.tokenizer())
+    settings = tiny_text.SETTINGS | {"epochs": 1}
+    sliced = tmp_path / "sliced"
+    out = finetune(sliced, None, tiny_text.task(), tmp_path / "out", **settings, checkpoint_seconds=0)
+    again = AutoModelForSequenceClassification.from_pretrained(out)
+    assert again.bert.encoder.layer[0].intermediate.dense.out_features == 12
+    assert not torch.equal(again.classifier.weight, net.classifier.weight)
+
+
 def test_errors_name_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(InvalidModel, match="tokenizer="):
+    with pytest.raises(InvalidModel, match="no usable tokenizer"):
         finetune(tmp_path, None, tiny_text.task(), tmp_path / "out")
     with pytest.raises(InvalidModel, match=r"config\.json"):
         finetune(tmp_path, tiny_text.tokenizer(), tiny_text.task(), tmp_path / "out")

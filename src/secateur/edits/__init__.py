@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -16,7 +16,7 @@ __all__ = ["EDITS", "Edit", "Slice", "apply_edits", "edits_from_dicts", "merge"]
 class Edit(Protocol):
     """A change of a model that can be written to JSON and applied again."""
 
-    type: str
+    type: ClassVar[str]
 
     def apply(self, model: nn.Module, *, empty: bool = False) -> None:
         """Change the model in place; with `empty=True` only shapes matter (the weights are read afterwards)."""
@@ -50,8 +50,9 @@ def merge(edits: Sequence[Edit]) -> list[Edit]:
     """The same change with neighbouring slices joined into one."""
     merged: list[Edit] = []
     for edit in edits:
-        if merged and isinstance(edit, Slice) and isinstance(merged[-1], Slice):
-            merged[-1] = Slice(merged[-1].subnetwork.then(edit.subnetwork))
+        last = merged[-1] if merged else None
+        if isinstance(edit, Slice) and isinstance(last, Slice):
+            merged[-1:] = [Slice(last.subnetwork.then(edit.subnetwork))]
         else:
             merged.append(edit)
     return merged
@@ -69,6 +70,8 @@ def edits_from_dicts(dicts: object) -> list[Edit]:
     for data in dicts:
         kind = data.get("type") if isinstance(data, dict) else None
         if kind not in EDITS:
-            raise InvalidModel(f"config.json: unknown edit {kind!r}; this version knows {sorted(EDITS)}: upgrade secateur.")
+            raise InvalidModel(
+                f"config.json: unknown edit {kind!r}; this version knows {sorted(EDITS)}: upgrade secateur."
+            )
         edits.append(EDITS[kind].from_dict(data))
     return edits

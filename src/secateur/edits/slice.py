@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 from torch import nn
 
 from secateur.errors import InvalidModel, SecateurError
-from secateur.families import axis, sites
+from secateur.families import axis, sites, weight_of
 from secateur.quirks import after_slice, shorten, unit_index
 from secateur.subnetwork import SubNetwork
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Keep only the units of a sub-network; layers may end with different widths, or with no heads or neurons at all."""
+    """Keep only the units of a sub-network; layers may end with different widths, or with no units at all."""
 
     subnetwork: SubNetwork
     type: ClassVar[str] = "slice"
@@ -39,7 +39,7 @@ class Slice:
             kept = [i for i, keep in enumerate(mask) if keep]
             for module, cut in site.cuts:
                 dimension = axis(module, cut.side)
-                index = unit_index(kept, site.units, module.weight.shape[dimension], cut.parts)  # type: ignore[index,union-attr]
+                index = unit_index(kept, site.units, weight_of(module).shape[dimension], cut.parts)
                 shorten(module, dimension, index, bias=cut.side == "out")
             after_slice(site, kept, found.family.quirk)
 

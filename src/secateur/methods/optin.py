@@ -28,9 +28,11 @@ class Optin:
     """Hyper-parameters of OPTIN; labels are never used.
 
     Attributes:
-        scorer: "probe" estimates every unit from a few backward passes; "exact" masks every unit in turn (the reference;
+        scorer: "probe" estimates every unit from a few backward passes; "exact" masks every unit in turn (the
+            reference;
             minutes to hours).
-        lambda_c: weight λ_c of the output term (KL, or the squared difference for one output) beside the trajectory term.
+        lambda_c: weight λ_c of the output term (KL, or the squared difference for one output) beside the trajectory
+            term.
         temperature: T of the KL.
         tokens: K, real tokens per batch, whole sequences.
         probes: random directions per batch of the probe scorer; the error of a score falls with their square root.
@@ -98,7 +100,12 @@ class Optin:
         if self.scorer == "exact":
             return exact_scores(job.model, data, **common)  # type: ignore[arg-type]
         return probe_scores(
-            job.model, data, probes=self.probes, keep_gradients=self.rearrange, bf16=self.bf16, **common  # type: ignore[arg-type]
+            job.model,
+            data,
+            probes=self.probes,
+            keep_gradients=self.rearrange,
+            bf16=self.bf16,
+            **common,  # type: ignore[arg-type]
         )
 
     def _refine(self, job: Job, data: list[dict[str, Tensor]], scores: TrajectoryScores) -> TrajectoryScores:

@@ -55,7 +55,7 @@ def _local(site: Site, moment: Tensor) -> Tensor:
 def _magnitude(site: Site) -> Tensor:
     total = torch.zeros(site.units, dtype=torch.float64)
     for module, cut in site.cuts:
-        weight: Tensor = module.weight.detach().double().cpu()  # type: ignore[union-attr,operator]
+        weight: Tensor = module.weight.detach().double().cpu()  # type: ignore[operator]
         rows = weight.movedim(axis(module, cut.side), 0).reshape(cut.parts, site.units, -1)
         total += rows.square().sum((0, 2))
     return total.sqrt().float()

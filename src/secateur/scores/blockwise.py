@@ -28,7 +28,7 @@ from secateur.scores.observe import (
 from secateur.scores.replay import answer, inner_maps, recorded_returns, replaced, with_first
 
 
-class _Reached(Exception):  # noqa: N818 - control flow: the rest of the forward pass is not needed
+class _Reached(Exception):
     pass
 
 
@@ -138,7 +138,7 @@ class BlockRuns:
 
 
 def rows_read(model: nn.Module, layer: nn.Module, inputs: Batch) -> Tensor:
-    """Which positions of a layer's output the model's output depends on, as bool (examples, positions), by differentiation."""
+    """Which positions of a layer's output the model's output depends on: (examples, positions), by differentiation."""
     leaf: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
@@ -158,9 +158,9 @@ def rows_read(model: nn.Module, layer: nn.Module, inputs: Batch) -> Tensor:
 
 
 def _stream(entered: list[Tensor], outputs: Sequence[Tensor | None], known: bool) -> Tensor | None:
-    """The residual stream before a block of a pre-norm layer: the layer's input plus the blocks before; None if unknown.
+    """The residual stream before a block of a pre-norm layer: the layer's input plus the blocks before.
 
-    A layer that is no plain sum (layer scale) gets no correction for what its input brought in.
+    None if unknown: a layer that is no plain sum (layer scale) gets no correction for what its input brought in.
     """
     if not known or any(o is None for o in outputs):
         return None

@@ -1,7 +1,8 @@
 """Trajectory scores by really masking every unit, one at a time: the reference, and the refinement near a cut.
 
-Nothing before the masked unit is computed again (`replay`): layers up to its own answer from memory, its own block changes by
-a product of its activation and its columns of the output projection, and several masked variants run as one batch.
+Nothing before the masked unit is computed again (`replay`): layers up to its own answer from memory, its own block
+changes by a product of its activation and its columns of the output projection, and several masked variants run as
+one batch.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ def fisher_scores(model: nn.Module, batches: Batches, *, progress: bool = False)
             with gates(found, masks[:count], masks[count:]):
                 loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
             if loss is None:
-                raise InvalidData(f"Fisher scores need labelled batches: none of {', '.join(LABELS[:2])} is in {sorted(batch)}.")
+                raise InvalidData(
+                    f"Fisher scores need labelled batches: none of {', '.join(LABELS[:2])} is in {sorted(batch)}."
+                )
             grads = torch.autograd.grad(loss, masks, allow_unused=True)
             for block, (mask, grad) in enumerate(zip(masks, grads, strict=True)):
                 rows[block].append((torch.zeros_like(mask) if grad is None else grad).float().cpu())

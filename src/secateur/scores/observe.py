@@ -1,4 +1,4 @@
-"""What scoring sees of a model: its layers and feature taps, the sampled tokens, its outputs. Hooks only, for any family."""
+"""What scoring sees of a model: its layers and feature taps, the sampled tokens, its outputs; by hooks alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, frozen parameters, no key-value cache; everything is put back afterwards."""
     training = [m for m in model.modules() if m.training]
     thawed = [p for p in model.parameters() if p.requires_grad]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     model.eval()
     for parameter in thawed:
@@ -153,8 +153,8 @@ def examples_in(batch: Batch) -> int:
 def sample(model: nn.Module, batch: Batch, tokens: int, seed: int) -> Batch:
     """Whole examples with at most `tokens` real tokens together (at least one example), drawn with a seed.
 
-    Whole sequences cost what their own tokens cost, while scattered tokens would drag all of theirs through the network.
-    Trailing columns that hold only padding are dropped.
+    Whole sequences cost what their own tokens cost, while scattered tokens would drag all of theirs through the
+    network. Trailing columns that hold only padding are dropped.
 
     Args:
         model: needed only to learn how many tokens an image has.
@@ -198,13 +198,12 @@ def _trim(inputs: Batch, key: str) -> Batch:
 def token_mask(inputs: Batch, stack: str, features: Tensor) -> Tensor:
     """Which positions of a feature map (examples, positions, hidden) hold real tokens, as bool (examples, positions).
 
-    A decoder reads `decoder_attention_mask`; without it and without `decoder_input_ids` its inputs are the shifted encoder
-    inputs, so that the encoder's mask fits. Where no mask fits, every position counts.
+    A decoder reads `decoder_attention_mask`; without it and without `decoder_input_ids` its inputs are the shifted
+    encoder inputs, so that the encoder's mask fits. Where no mask fits, every position counts.
     """
-    if stack.startswith("decoder"):
-        keys = ("decoder_attention_mask",) if "decoder_input_ids" in inputs else ("decoder_attention_mask", "attention_mask")
-    else:
-        keys = ("attention_mask",)
+    keys = ["decoder_attention_mask"] if stack.startswith("decoder") else ["attention_mask"]
+    if stack.startswith("decoder") and "decoder_input_ids" not in inputs:
+        keys.append("attention_mask")
     for key in keys:
         mask = inputs.get(key)
         if mask is not None and mask.shape == features.shape[:2]:
@@ -219,7 +218,8 @@ class Output:
     Attributes:
         values: (examples, rows, numbers); one row for a sentence, one per token for token labels, two for a span.
         weights: (examples, rows), 0 for padding, summing to one.
-        kind: how two outputs are compared: `"softmax"` by Kullback-Leibler divergence, `"squared"` by squared difference.
+        kind: how two outputs are compared: `"softmax"` by Kullback-Leibler divergence, `"squared"` by squared
+            difference.
     """
 
     values: Tensor
@@ -230,8 +230,8 @@ class Output:
 def read_output(output: Any, inputs: Batch, stack: str) -> Output:
     """Read a transformers output; `stack` is the model's last stack, whose tokens a token-level output belongs to.
 
-    Logits are compared by their softmax, a single logit (regression) by its square. A model without a task head is compared
-    by its last hidden state.
+    Logits are compared by their softmax, a single logit (regression) by its square. A model without a task head is
+    compared by its last hidden state.
     """
     logits = getattr(output, "logits", None)
     if logits is None and getattr(output, "start_logits", None) is not None:
@@ -253,7 +253,7 @@ def _weights(mask: Tensor) -> Tensor:
 
 
 def output_divergence(teacher: Output, student: Tensor, temperature: float) -> Tensor:
-    """Weighted mean over rows of the divergence; `student` (variants, examples, rows, numbers) → (variants,), float64."""
+    """Weighted mean of the rows' divergence: `student` (variants, examples, rows, numbers) → (variants,), float64."""
     if teacher.kind == "softmax":
         rows = kl_divergence(teacher.values, student, temperature)
     else:

@@ -1,9 +1,9 @@
 """Trajectory scores of every unit from a few backward passes: Gauss-Newton with random probes.
 
-With all masks at one the trajectory terms and their gradients are zero, so first-order methods see nothing; but each term is
-a squared residual, hence to second order score_j = ||J_j||² with J_j the derivative of the residuals with respect to mask j.
-For a probe v ~ N(0, I) in residual space E[(Jᵀv)_j²] = ||J_j||²: one backward pass samples every unit of every layer at once.
-Averaged over S probes the relative error of a score is about √(2/S).
+With all masks at one the trajectory terms and their gradients are zero, so first-order methods see nothing; but each
+term is a squared residual, hence to second order score_j = ||J_j||² with J_j the derivative of the residuals with
+respect to mask j. For a probe v ~ N(0, I) in residual space E[(Jᵀv)_j²] = ||J_j||²: one backward pass samples every
+unit of every layer at once. Averaged over S probes the relative error of a score is about √(2/S).
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def softmax_rows(jacobian: Tensor, logits: Tensor, temperature: float) -> Tensor
     Args:
         jacobian: derivatives of the logits, (classes, ..., units).
         logits: (..., classes); p = softmax(logits/T).
+        temperature: T.
 
     Returns:
         √(p_c/2)·(J_c - Σ_k p_k J_k), (classes, ..., units).
@@ -136,7 +137,8 @@ def softmax_probe(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
 class _Run:
     """One forward pass over a batch with every mask at one, and the backward passes through its graph.
 
-    A mask multiplies the input x of a block's output projection, so its derivative is the sum of x ∘ ∂/∂x over the unit's
+    A mask multiplies the input x of a block's output projection, so its derivative is the sum of x ∘ ∂/∂x over the
+    unit's
     positions: no mask has to be in the graph. Derivatives are kept per example, whose output depends on its own masks
     only: one backward pass yields an independent sample from every example.
     """

@@ -1,7 +1,7 @@
 """Run a model from the middle: modules that are not to be computed again answer with what they returned before.
 
-The model's own forward pass glues the layers together (masks, position biases, heads), so that replaying needs no knowledge of
-the architecture: only the forward of chosen modules is replaced while a context is open.
+The model's own forward pass glues the layers together (masks, position biases, heads), so that replaying needs no
+knowledge of the architecture: only the forward of chosen modules is replaced while a context is open.
 """
 
 from __future__ import annotations

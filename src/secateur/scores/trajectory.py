@@ -4,8 +4,8 @@ The maths of OPTIN (Khaki & Plataniotis, ICLR 2024), as pure functions on tensor
 
     score_j = Σ_{z>l} ||G'_z - G_z||_F² / ||G_z||_F²  +  λ_c · ρ · D(output', output)
 
-where G_z is the cosine similarity of sampled tokens in the feature map of layer z, a prime marks the network without the
-unit, D is a divergence of the outputs, and ρ = ΣM / ΣQ brings both terms to one scale for all units alike.
+where G_z is the cosine similarity of sampled tokens in the feature map of layer z, a prime marks the network without
+the unit, D is a divergence of the outputs, and ρ = ΣM / ΣQ brings both terms to one scale for all units alike.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def gram_norm(unit: Tensor) -> Tensor:
 def gram_change(before: Tensor, after: Tensor) -> Tensor:
     """||A'A'ᵀ - AAᵀ||_F² for A (tokens, hidden) and A' (..., tokens, hidden).
 
-    With Δ = A' - A and B = (A' + A)/2 the difference is ΔBᵀ + BΔᵀ: no subtraction of nearly equal Grams. For many tokens
-    the (hidden × hidden) products give the same number: 2⟨ΔᵀΔ, BᵀB⟩ + 2⟨ΔᵀB, (ΔᵀB)ᵀ⟩.
+    With Δ = A' - A and B = (A' + A)/2 the difference is ΔBᵀ + BΔᵀ: no subtraction of nearly equal Grams. For many
+    tokens the (hidden × hidden) products give the same number: 2⟨ΔᵀΔ, BᵀB⟩ + 2⟨ΔᵀB, (ΔᵀB)ᵀ⟩.
     """
     delta, middle = after - before, (after + before) / 2
     if before.shape[-2] <= 3 * before.shape[-1]:
@@ -74,8 +74,8 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 4.0) ->
     """T²·KL(softmax(teacher/T) || softmax(student/T)) over the last axis, ≥ 0, in float64.
 
     The factor T² keeps the value of the order of the squared logit difference: as T → ∞ it tends to half the mean
-    squared difference of the centred logits. With δ = log p - log q the sum is taken of p·(δ + e^(-δ) - 1), which is the same
-    since p and q sum to one, but has no negative terms that nearly cancel the positive ones.
+    squared difference of the centred logits. With δ = log p - log q the sum is taken of p·(δ + e^(-δ) - 1), which is
+    the same since p and q sum to one, but has no negative terms that nearly cancel the positive ones.
     """
     p = torch.log_softmax(teacher.double() / temperature, -1)
     delta = p - torch.log_softmax(student.double() / temperature, -1)

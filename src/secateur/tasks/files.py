@@ -38,6 +38,10 @@ def read_file(path: Path) -> Dataset:
 
     try:
         table = _read_table(path, suffix)
+        twice = {name for name in table.column_names if table.column_names.count(name) > 1}
+        if twice:
+            raise ValueError(f"it has two columns named {min(twice)!r}, rename one")
+        data = Dataset(_plain(table))
     except (pa.ArrowException, ValueError, UnicodeDecodeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InvalidData(f"cannot read {path} as {suffix[1:]}: {reason[:160]}") from error
@@ -46,7 +50,17 @@ def read_file(path: Path) -> Dataset:
     for field in table.schema:
         if suffix != ".parquet" and (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)):
             raise InvalidData(f"column {field.name!r} of {path} is not UTF-8 text: convert the file to UTF-8")
-    return Dataset(table)
+    return data
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Turn categories (dictionary columns) into the values that they stand for."""
+    import pyarrow as pa
+
+    for i, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
+    return table
 
 
 def read_folder(folder: Path, *, validation: str = "validation") -> dict[str, Dataset]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from secateur.errors import InvalidModel
+from secateur.hub import open_model, open_tokenizer
 from secateur.tasks.task import Task, label_config
 
 if TYPE_CHECKING:
@@ -30,46 +31,35 @@ def open_base(
         InvalidModel: if one of them cannot be opened.
     """
     where = model if isinstance(model, str | Path) else getattr(model.config, "_name_or_path", "")
-    tokens = _open_tokenizer(where if tokenizer is None else tokenizer)
+    source = where if tokenizer is None else tokenizer
+    tokens = open_tokenizer(source) if isinstance(source, str | Path) else source
     labels = label_config(task)
     net = _open_model(model, labels) if isinstance(model, str | Path) else _with_head(model, labels)
     for name, value in labels.items():
         setattr(net.config, name, value)
-    if tokens.pad_token is None and tokens.eos_token is not None:
-        tokens.pad_token = tokens.eos_token
-    if getattr(net.config, "pad_token_id", None) is None:
-        net.config.pad_token_id = tokens.pad_token_id
-    return net.float(), tokens
+    share_padding(net, tokens)
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in net.parameters()):
+        nn.Module.float(net)  # transformers refuses its own `float` for models with edits
+    return net, tokens
 
 
-def _open_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    if not isinstance(source, str | Path):
-        return source
-    try:
-        tokens: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise InvalidModel(
-            f"no tokenizer in {str(source)!r}: name the folder or hub id that has it with tokenizer= (--tokenizer)"
-        ) from error
-    return tokens
+def share_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give both the same padding token where one has none (GPT-2): without it a batch is refused."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _open_model(source: str | Path, labels: dict[str, Any]) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(source))
-        other_head = config.num_labels != labels["num_labels"]
-        for name, value in labels.items():
-            setattr(config, name, value)
-        net: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            str(source), config=config, dtype=torch.float32, ignore_mismatched_sizes=other_head
-        )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InvalidModel(
-            f"cannot open {str(source)!r} as a sequence classifier: {reason[:160]} - give a folder with config.json "
-            "and model.safetensors, or a hub id"
-        ) from error
-    return net
+    except (OSError, ValueError):
+        return open_model(source)  # says what is wrong
+    other_head = config.num_labels != labels["num_labels"]
+    for name, value in labels.items():
+        setattr(config, name, value)
+    return open_model(source, config=config, ignore_mismatched_sizes=other_head)
 
 
 def _with_head(model: PreTrainedModel, labels: dict[str, Any]) -> PreTrainedModel:

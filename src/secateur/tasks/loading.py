@@ -103,8 +103,8 @@ def _build(
     label = find_label(sample, label)
     columns = find_text(sample, text, label)
     for split, rows in data.items():
-        check_text(rows, columns, f"{name} ({split})")
-    values = {split: read_labels(rows, label, f"{name} ({split})") for split, rows in data.items()}
+        check_text(rows, columns, _where(name, split))
+    values = {split: read_labels(rows, label, _where(name, split)) for split, rows in data.items()}
     if names is None and len(data) > 0:
         names = class_names(sample, label)
     data, values = _without_hidden(data, values, known_names=names is not None)
@@ -142,7 +142,7 @@ def _named_splits(name: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
         )
     for split, rows in data.items():
         if len(rows) == 0:
-            raise InvalidData(f"{name} ({split}) has no rows: it needs one row per example")
+            raise InvalidData(f"{_where(name, split)} has no rows: it needs one row per example")
     return data
 
 
@@ -184,7 +184,7 @@ def _class_ids(
         if unseen:
             expected = ", ".join(map(str, sorted(known, key=str)[:8]))
             raise InvalidData(
-                f"{name} ({split}) has the label {unseen[0]!r}, which is not among those known ({expected}): "
+                f"{_where(name, split)} has the label {unseen[0]!r}, which is not among those known ({expected}): "
                 "correct it, drop its rows, or add it to the training rows"
             )
     _check_classes(name, known, max(len(column) for column in values.values()))
@@ -232,6 +232,11 @@ def _split(data: dict[str, Dataset], columns: tuple[str, ...], label: str, kind:
     strata: list[Hashable] = list(source[label][:]) if kind == "classification" else [0] * len(source)
     parts = split_rows(keys, strata, shares, seed)
     return {split: source.select(rows) for split, rows in parts.items()} | rest
+
+
+def _where(name: str, split: str) -> str:
+    """Name a split in an error."""
+    return name if split == "all" else f"{name} ({split})"
 
 
 def _with_metric(task: Task, metric: str | None) -> Task:

@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.errors import InvalidData, InvalidModel
 from secateur.progress import track
 from secateur.tasks.batching import batches, token_limit
+from secateur.tasks.heads import share_padding
 from secateur.tasks.task import Task, check_labels, fingerprint
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def evaluate(
     """
     task = check_labels(task, model)
     longest = min(max_length or token_limit(tokenizer, model), token_limit(tokenizer, model))
+    share_padding(model, tokenizer)
     data = batches(task, split, tokenizer, batch_size=batch_size, max_length=longest, limit=limit)
     training = model.training
     model.eval()
