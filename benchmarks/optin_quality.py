@@ -26,20 +26,27 @@ from secateur.run import Job, Run
 from secateur.tasks import evaluate, median_tokens, paired_bootstrap
 
 BUDGETS = (80, 70, 60, 50, 40)
+PLAIN: dict[str, Any] = {"rearrange": False, "tune": "none"}
 METHODS: dict[str, Callable[[], Any]] = {
     "random": lambda: Baseline("random"),
     "magnitude": lambda: Baseline("magnitude"),
     "local": lambda: Baseline("local"),
     "ptf search": lambda: Ptf(rearrange=False, tune="none"),
     "ptf + rearrange": lambda: Ptf(tune="none"),
-    "ptf full": lambda: Ptf(),
-    "optin trajectory only": lambda: Optin(lambda_c=0.0),
-    "optin probe": lambda: Optin(),
-    "optin exact": lambda: Optin(scorer="exact"),
-    "optin refined": lambda: Optin(refine=0.15),
-    "optin + rearrange": lambda: Optin(rearrange=True),
-    "optin + rearrange + scale": lambda: Optin(rearrange=True, tune="scale"),
-    "optin + rearrange + full": lambda: Optin(rearrange=True, tune="full"),
+    "ptf full (+ scale)": lambda: Ptf(),
+    "ptf with our tuning": lambda: Ptf(tune="full"),
+    "optin, trajectory only": lambda: Optin(lambda_c=0.0, **PLAIN),
+    "optin, λ_c 0.1": lambda: Optin(lambda_c=0.1, **PLAIN),
+    "optin, λ_c 1": lambda: Optin(lambda_c=1.0, **PLAIN),
+    "optin, λ_c 10": lambda: Optin(lambda_c=10.0, **PLAIN),
+    "optin, λ_c 1000": lambda: Optin(lambda_c=1000.0, **PLAIN),
+    "optin exact": lambda: Optin(scorer="exact", **PLAIN),
+    "optin refined": lambda: Optin(refine=0.15, **PLAIN),
+    "optin + rearrange": lambda: Optin(tune="none"),
+    "optin + rearrange + scale": lambda: Optin(tune="scale"),
+    "optin full": lambda: Optin(),
+    "optin full, λ_c 0": lambda: Optin(lambda_c=0.0),
+    "optin full, λ_c 1000": lambda: Optin(lambda_c=1000.0),
 }
 
 
@@ -68,8 +75,8 @@ def measure(task: str, methods: list[str], budgets: list[int], seeds: list[int],
     record |= {"task": task, "metric": data.metric, "tokens": tokens, **setting()}
     record["dense"] = {split: found.metrics for split, found in dense.items()}
     done = {(row["method"], row["budget"], row["seed"]) for row in record["rows"]}
-    for name in methods:
-        for seed in seeds:
+    for seed in seeds:
+        for name in methods:
             shared = Shared()
             for budget in budgets:
                 if (name, budget, seed) in done:

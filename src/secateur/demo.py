@@ -8,10 +8,9 @@ from typing import Any
 from secateur import api, assets
 from secateur.errors import SecateurError
 from secateur.report import write_report
-from secateur.run import read_json, write_json
-from secateur.tasks import Task, fingerprint, load_task
+from secateur.run import write_json
+from secateur.tasks import load_task
 
-FINETUNE = {"epochs": 3, "lr": 1e-4, "batch_size": 32, "max_length": 64, "seed": 0}
 BUDGET = "macs<=60%"
 BATCH, TOKENS = 8, 128
 
@@ -33,7 +32,19 @@ def run_demo(out: Path) -> dict[str, Any]:
         raise SecateurError(f"'{out}' is a file: name a folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     task = load_task(assets.demo_data())
-    dense = _dense(out, task)
+    dense = api.finetune(
+        assets.demo_model(),
+        None,
+        task,
+        out / "dense",
+        epochs=1,
+        lr=1e-4,
+        batch_size=32,
+        max_length=64,
+        dropout=0.0,
+        resume=True,
+        progress=True,
+    )
     result = api.compress(
         dense, task=task, budget=BUDGET, out=out / "compressed", split="test", batch=BATCH, tokens=TOKENS, progress=True
     )
@@ -44,14 +55,3 @@ def run_demo(out: Path) -> dict[str, Any]:
     write_json(out / "result.json", record)
     write_report([record], out / "report.html")
     return record
-
-
-def _dense(out: Path, task: Task) -> Path:
-    """The fine-tuned model, trained only if the one that is there came from other data or settings."""
-    folder, marker = out / "dense", out / "dense" / "finetune.json"
-    wanted = {"settings": FINETUNE, "data": fingerprint(task)}
-    if marker.is_file() and read_json(marker) == wanted:
-        return folder
-    api.finetune(assets.demo_model(), None, task, folder, **FINETUNE, resume=True, progress=True)  # type: ignore[arg-type]
-    write_json(marker, wanted)
-    return folder

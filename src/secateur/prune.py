@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from secateur import hub
 from secateur.costs.latency import time_model
 from secateur.edits import Edit, Slice, apply_edits
-from secateur.errors import InvalidData
+from secateur.errors import SecateurError
 from secateur.families import sites
 from secateur.repair import fold_scales
 from secateur.repair import rearrange as rearranged
@@ -35,7 +36,7 @@ def prune(
     tune: Tune = "none",
     multiple: int = 64,
     head_rate: float = 1.0,
-    calibration: list[dict[str, Tensor]] | None = None,
+    calibration: Callable[[], list[dict[str, Tensor]]] | None = None,
 ) -> Outcome:
     """Cut `job.model` to its budget, keeping the units with the highest total score.
 
@@ -46,7 +47,7 @@ def prune(
         tune: how the kept units make up for the removed ones (`repair`).
         multiple: neurons per layer are kept in multiples of this many.
         head_rate: factor on head scores.
-        calibration: unlabelled batches for tuning.
+        calibration: gives the batches for tuning; labels are ignored.
 
     Returns:
         A new, sliced model; `job.model` is left as it was.
@@ -58,13 +59,13 @@ def prune(
         sub = SubNetwork.from_dict(job.run.record("rearrange", lambda: rearranged(sub, chosen).to_dict()))
     model = copy.deepcopy(job.model)
     if tune != "none":
-        if not calibration:
-            raise InvalidData("Tuning needs calibration batches.")
-        kept, data, how = sub, calibration, tune
+        if calibration is None:
+            raise SecateurError("Tuning needs calibration batches.")
+        kept, how, batches = sub, tune, calibration
 
         def projections() -> dict[str, Tensor]:
             twin = copy.deepcopy(job.model)
-            fold_scales(twin, tuned(job.model, kept, data, mode=how, progress=job.show))
+            fold_scales(twin, tuned(job.model, kept, batches(), mode=how, progress=job.show))
             return {name: parameter.detach() for name, parameter in _projections(twin).items()}
 
         solved = job.run.tensors("tune", projections)
@@ -100,6 +101,19 @@ def search(job: Job, scores: UnitScores, *, multiple: int, head_rate: float) -> 
         limits = [replace(c, limit=c.limit / worst * MARGIN) if c.kind == "latency" else c for c in limits]
         sub = allocate(scores, limits, multiple=multiple, head_rate=head_rate)
     return sub
+
+
+def tune_mode(tune: Tune | bool, best: Tune) -> Tune:
+    """The mode of tuning: True stands for the method's best, False for none.
+
+    Raises:
+        SecateurError: an unknown mode.
+    """
+    if isinstance(tune, bool):
+        return best if tune else "none"
+    if tune not in get_args(Tune):
+        raise SecateurError(f"tune is one of {', '.join(get_args(Tune))}, true or false, not '{tune}'.")
+    return tune
 
 
 def pack_units(name: str, heads: list[Tensor], neurons: list[Tensor]) -> dict[str, Tensor]:

@@ -124,7 +124,8 @@ def _compose(first: Mask, second: Mask) -> Mask:
 
 def _pack(mask: Mask) -> str:
     bits = int("".join("1" if kept else "0" for kept in mask) or "0", 2)
-    return f"{len(mask)}:{bits:0{(len(mask) + 3) // 4}x}"
+    digits = (len(mask) + 3) // 4
+    return f"{len(mask)}:{bits:0{digits}x}" if digits else "0:"
 
 
 def _unpack(text: object) -> Mask:

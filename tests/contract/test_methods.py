@@ -31,10 +31,10 @@ SETTINGS: dict[str, Any] = {
     "random": Baseline("random", multiple=8),
     "magnitude": Baseline("magnitude", multiple=8),
     "local": Baseline("local", batches=2, batch_size=8, multiple=8),
-    "optin": Optin(batches=2, batch_size=8, probes=4, multiple=8),
-    "optin exact": Optin(scorer="exact", batches=1, batch_size=8, tokens=64, multiple=8),
-    "optin refined": Optin(batches=1, batch_size=8, probes=4, refine=0.2, multiple=8),
-    "optin repaired": Optin(batches=2, batch_size=8, probes=4, rearrange=True, tune="full", multiple=8),
+    "optin": Optin(batches=2, batch_size=8, probes=4, rearrange=False, tune="none", multiple=8),
+    "optin exact": Optin(scorer="exact", batches=1, tune_batches=1, batch_size=8, tokens=64, multiple=8),
+    "optin refined": Optin(batches=1, batch_size=8, probes=4, refine=0.2, tune="scale", tune_batches=1, multiple=8),
+    "optin repaired": Optin(batches=2, batch_size=8, probes=4, tune_batches=2, multiple=8),
     "ptf": Ptf(batches=4, batch_size=8, multiple=8),
 }
 

@@ -22,23 +22,23 @@ def test_magnitude_of_a_neuron_and_a_head() -> None:
     layer = model.bert.encoder.layer[1]
     scores = magnitude_scores(model)
     neuron = layer.intermediate.dense.weight[7].square().sum() + layer.output.dense.weight[:, 7].square().sum()
-    assert float(scores.neurons[1][7]) == pytest.approx(float(neuron.sqrt()), rel=1e-6)
+    assert float(scores.neurons[1][7]) == pytest.approx(neuron.sqrt().item(), rel=1e-6)
     rows = slice(16, 24)  # third head of width 8
     head = sum(m.weight[rows].square().sum() for m in (layer.attention.self.query, layer.attention.self.key))
     head = head + layer.attention.self.value.weight[rows].square().sum()
     head = head + layer.attention.output.dense.weight[:, rows].square().sum()
-    assert float(scores.heads[1][2]) == pytest.approx(float(head.sqrt()), rel=1e-6)
+    assert float(scores.heads[1][2]) == pytest.approx(head.sqrt().item(), rel=1e-6)
 
 
 def test_magnitude_of_fused_maps_and_grouped_heads() -> None:
     gpt2 = tiny_model("gpt2").transformer.h[0].attn
     fused = gpt2.c_attn.weight.view(32, 3, 4, 8)[:, :, 1].square().sum() + gpt2.c_proj.weight[8:16].square().sum()
-    assert float(magnitude_scores(tiny_model("gpt2")).heads[0][1]) == pytest.approx(float(fused.sqrt()), rel=1e-6)
+    assert float(magnitude_scores(tiny_model("gpt2")).heads[0][1]) == pytest.approx(fused.sqrt().item(), rel=1e-6)
     llama = tiny_model("llama")
     attention = llama.model.layers[0].self_attn  # 8 query heads of width 4 in 4 groups
     grouped = attention.q_proj.weight[8:16].square().sum() + attention.k_proj.weight[4:8].square().sum()
     grouped = grouped + attention.v_proj.weight[4:8].square().sum() + attention.o_proj.weight[:, 8:16].square().sum()
-    assert float(magnitude_scores(llama).heads[0][1]) == pytest.approx(float(grouped.sqrt()), rel=1e-6)
+    assert float(magnitude_scores(llama).heads[0][1]) == pytest.approx(grouped.sqrt().item(), rel=1e-6)
 
 
 def test_local_scores_are_mean_squared_contributions() -> None:
@@ -56,10 +56,10 @@ def test_local_scores_are_mean_squared_contributions() -> None:
     scores = local_scores(model, [batch])
     real = batch["attention_mask"].bool()
     z = seen["neurons"][real][:, 3]
-    expected = float(z.square().mean() * site.output.weight[:, 3].square().sum())
+    expected = (z.square().mean() * site.output.weight[:, 3].square().sum()).item()
     assert float(scores.neurons[1][3]) == pytest.approx(expected, rel=1e-5)
     part = seen["heads"][real][:, 8:16] @ head.output.weight[:, 8:16].T
-    assert float(scores.heads[1][1]) == pytest.approx(float(part.square().sum(1).mean()), rel=1e-5)
+    assert float(scores.heads[1][1]) == pytest.approx(part.square().sum(1).mean().item(), rel=1e-5)
 
 
 def test_local_scores_leave_padding_out() -> None:

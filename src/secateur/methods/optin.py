@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.prune import Tune, pack_units, prune, search, unpack_units
+from secateur.prune import Tune, pack_units, prune, search, tune_mode, unpack_units
 from secateur.run import STRUCTURED_BUDGETS, Job, Outcome
 from secateur.scores.exact import exact_scores
 from secateur.scores.probes import probe_scores
@@ -20,7 +20,7 @@ from secateur.scores.trajectory import (
     near_cut,
     refined,
 )
-from secateur.subnetwork import UnitScores
+from secateur.subnetwork import SubNetwork, UnitScores
 
 
 @dataclass
@@ -42,13 +42,16 @@ class Optin:
         refine: share of the units nearest to the cut that are scored exactly afterwards.
         head_rate: factor on head scores, which sets how many neurons a head is worth.
         rearrange: swap units within each layer so that the joint effect of the removed ones is least.
-        tune: "none"; "scale" rescales kept units by least squares; "full" re-solves the output projections.
+        tune: how the kept units make up for the removed ones, from unlabelled data: "full" solves for the kept part of
+            the output projections by least squares, "scale" for one factor per unit (as PTF), "none" changes no weight.
+            True and False stand for "full" and "none".
+        tune_batches: calibration batches for tuning.
         multiple: neurons per layer are kept in multiples of this many.
         bf16: run the probe scorer in bfloat16.
     """
 
     scorer: Literal["probe", "exact"] = "probe"
-    lambda_c: float = 0.1
+    lambda_c: float = 10.0
     temperature: float = 4.0
     tokens: int = 768
     probes: int = 16
@@ -58,8 +61,9 @@ class Optin:
     batch_size: int = 32
     refine: float = 0.0
     head_rate: float = 1.0
-    rearrange: bool = False
-    tune: Tune = "none"
+    rearrange: bool = True
+    tune: Tune | bool = "full"
+    tune_batches: int = 16
     multiple: int = 64
     bf16: bool = False
 
@@ -67,8 +71,6 @@ class Optin:
     budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
 
     def __post_init__(self) -> None:
-        if self.rearrange and self.scorer == "exact":
-            raise SecateurError("rearrange needs the sampled directions of the probe scorer: use scorer='probe'.")
         if not 0 <= self.refine <= 1:
             raise SecateurError(f"refine is a share of the units, from 0 to 1, not {self.refine}.")
 
@@ -82,35 +84,36 @@ class Optin:
             job,
             combine(scores, self.lambda_c),
             gradients=combine_gradients(scores, self.lambda_c) if self.rearrange else None,
-            tune=self.tune,
+            tune=tune_mode(self.tune, "full"),
             multiple=self.multiple,
             head_rate=self.head_rate,
-            calibration=data,
+            calibration=lambda: job.calibration(self.tune_batches, self.batch_size),
         )
 
     def _score(self, job: Job, data: list[dict[str, Tensor]]) -> TrajectoryScores:
-        common = dict(
-            tokens=self.tokens,
-            temperature=self.temperature,
-            normalise=self.normalise,
-            own_layer=self.own_layer,
-            seed=job.seed,
-            progress=job.show,
-        )
-        if self.scorer == "exact":
-            return exact_scores(job.model, data, **common)  # type: ignore[arg-type]
+        """Scores of every unit; rearrangement needs the probes' directions also where the scores are exact."""
+        if self.scorer == "probe":
+            return self._probes(job, data)
+        scores = self._exact(job, data)
+        return _with_gradients_of(self._probes(job, data), scores) if self.rearrange else scores
+
+    def _probes(self, job: Job, data: list[dict[str, Tensor]]) -> TrajectoryScores:
         return probe_scores(
             job.model,
             data,
             probes=self.probes,
+            tokens=self.tokens,
+            temperature=self.temperature,
+            normalise=self.normalise,
+            own_layer=self.own_layer,
             keep_gradients=self.rearrange,
             bf16=self.bf16,
-            **common,  # type: ignore[arg-type]
+            seed=job.seed,
+            progress=job.show,
         )
 
-    def _refine(self, job: Job, data: list[dict[str, Tensor]], scores: TrajectoryScores) -> TrajectoryScores:
-        first = search(job, combine(scores, self.lambda_c), multiple=self.multiple, head_rate=self.head_rate)
-        exact = exact_scores(
+    def _exact(self, job: Job, data: list[dict[str, Tensor]], units: SubNetwork | None = None) -> TrajectoryScores:
+        return exact_scores(
             job.model,
             data,
             tokens=self.tokens,
@@ -118,12 +121,19 @@ class Optin:
             normalise=self.normalise,
             own_layer=self.own_layer,
             seed=job.seed,
-            units=near_cut(combine(scores, self.lambda_c), first, self.refine),
+            units=units,
             progress=job.show,
         )
-        better = refined(scores, exact)
-        better.trajectory_gradients, better.output_gradients = scores.trajectory_gradients, scores.output_gradients
-        return better
+
+    def _refine(self, job: Job, data: list[dict[str, Tensor]], scores: TrajectoryScores) -> TrajectoryScores:
+        ranked = combine(scores, self.lambda_c)
+        first = search(job, ranked, multiple=self.multiple, head_rate=self.head_rate)
+        exact = self._exact(job, data, near_cut(ranked, first, self.refine))
+        return _with_gradients_of(scores, refined(scores, exact))
+
+
+def _with_gradients_of(source: TrajectoryScores, scores: TrajectoryScores) -> TrajectoryScores:
+    return replace(scores, trajectory_gradients=source.trajectory_gradients, output_gradients=source.output_gradients)
 
 
 def _pack(scores: TrajectoryScores) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.prune import Tune, pack_units, prune, unpack_units
+from secateur.prune import Tune, pack_units, prune, tune_mode, unpack_units
 from secateur.run import STRUCTURED_BUDGETS, Job, Outcome
 from secateur.scores.fisher import fisher_scores
 from secateur.scores.trajectory import UnitGradients
@@ -20,8 +20,8 @@ class Ptf:
     Attributes:
         batches, batch_size: labelled calibration data, 64 × 32 = 2,048 examples.
         rearrange: swap units within each layer by the block-diagonal Fisher (stage two).
-        tune: least-squares rescaling of the kept units (stage three): "scale", or "none"; "full" re-solves the output
-            projections instead.
+        tune: "scale" rescales the kept units by least squares (stage three), "none" does not, "full" solves for the
+            whole output projections instead. True and False stand for "scale" and "none".
         multiple: neurons per layer are kept in multiples of this many; 1 is the published search.
         head_rate: factor on head scores.
     """
@@ -29,7 +29,7 @@ class Ptf:
     batches: int = 64
     batch_size: int = 32
     rearrange: bool = True
-    tune: Tune = "scale"
+    tune: Tune | bool = "scale"
     multiple: int = 64
     head_rate: float = 1.0
 
@@ -49,8 +49,8 @@ class Ptf:
             job,
             gradients.scores(),
             gradients=gradients if self.rearrange else None,
-            tune=self.tune,
+            tune=tune_mode(self.tune, "scale"),
             multiple=self.multiple,
             head_rate=self.head_rate,
-            calibration=[{k: v for k, v in batch.items() if k != "labels"} for batch in data],
+            calibration=lambda: data,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -189,7 +190,7 @@ def _histogram(name: str, what: str, values: np.ndarray, kept: np.ndarray) -> Fi
     )
     caption = f"Importance of all {len(values):,} {what}, before the cut."
     if without:
-        caption += f" {without:,} with a score of zero are not drawn."
+        caption += f" {without:,} with a score of zero or less {'is' if without == 1 else 'are'} not drawn."
     return Figure(name, f"Scores of {what}", caption, traces, shape, 300)
 
 
@@ -223,8 +224,8 @@ def _layer_axis(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _ticks(count: int) -> dict[str, Any]:
-    step = 1 if count <= 24 else max(1, count // 12)
-    return {"tickvals": list(range(0, count, step))}
+    step = max(1, math.ceil(count / 12))
+    return {"tickvals": list(range(0, count, step)), "tickangle": 0}
 
 
 def _label_room(layers: Sequence[Layer]) -> int:

@@ -79,7 +79,15 @@ def write_report(results: Sequence[Record], path: str | Path) -> Path:
 
 def _section(view: View) -> dict[str, Any]:
     prefix = f"r{view.index}"
-    return {"id": prefix, "view": view, "cuts": cuts(view, prefix), "scores": score_distributions(view, prefix)}
+    # long labels leave no room for three charts side by side
+    side_by_side = all(len(layer.label) <= 3 for layer in (*view.heads, *view.neurons))
+    return {
+        "id": prefix,
+        "view": view,
+        "cuts": cuts(view, prefix),
+        "scores": score_distributions(view, prefix),
+        "columns": "columns three" if side_by_side else "columns",
+    }
 
 
 def _several(shown: tuple[View, ...]) -> str:
@@ -131,7 +139,7 @@ def _line(view: View, side: str, name: str, *, dense: bool = False, id: str = ""
     return Line(
         name=name,
         dense=dense,
-        budget="" if dense else str(view.record["budget"].get("text", "")),
+        budget="" if dense else str(view.record["budget"].get("text", "")).replace(",", ", "),
         **costs,
         latency=numbers.amount(median(here), (1.0, "ms")),
         speed="" if dense else numbers.speed(median(before), median(here)),

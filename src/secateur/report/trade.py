@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from secateur.report.view import View, median, metric_name
 
 COLOURS = 8
 """Colours in the style sheet, `--series-0` and on."""
+STARS = ("star", "star-diamond", "star-square", "star-triangle-up")
+"""Symbols of the dense models."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "hexagon")
 
 
@@ -40,7 +43,7 @@ def _trade_off(name: str, heading: str, views: list[View], series: dict[int, Ser
     scale = 100 if numbers.is_fraction(metric) else 1
     unit = numbers.unit_of(axis, [_cost(view, side, axis) for view in views for side in ("before", "after")])
     traces = [_line(members, axis, metric, unit, scale) for members in _by_series(views, series)]
-    traces += [_dense(members, axis, metric, unit, scale) for members in _by_model(views)]
+    traces += [_dense(i, members, axis, metric, unit, scale) for i, members in enumerate(_by_model(views))]
     ys = [y for trace in traces for y in trace["y"]]
     margin = max(0.12 * (max(ys) - min(ys)), 0.2 if scale == 100 else 0.004)
     shape = layout(
@@ -76,16 +79,20 @@ class Series:
 
 
 def series_of(views: Sequence[View]) -> dict[int, Series]:
-    """The series of each result, by `View.index`; named by the method unless two series share it."""
+    """The series of each result, by `View.index`.
+
+    A series is named by its method; by method and model if several models share the method; by its first result if that
+    does not tell it apart either.
+    """
     keys = [(view.model, json.dumps(view.record["method"], sort_keys=True, default=str)) for view in views]
     firsts = dict(zip(reversed(keys), reversed(views), strict=True))
     order = list(dict.fromkeys(keys))
-    methods = [firsts[key].method for key in order]
-    names = [
-        method if methods.count(method) == 1 and method else firsts[key].name
-        for key, method in zip(order, methods, strict=True)
-    ]
-    series = {key: Series(index, name) for index, (key, name) in enumerate(zip(order, names, strict=True))}
+    choices = [[firsts[key].method, f"{firsts[key].method}, {key[0]}"] for key in order]
+    shared = Counter(name for names in choices for name in names)
+    series = {}
+    for index, (key, names) in enumerate(zip(order, choices, strict=True)):
+        name = next((name for name in names if name and shared[name] == 1), firsts[key].name)
+        series[key] = Series(index, name)
     return {view.index: series[key] for key, view in zip(keys, views, strict=True)}
 
 
@@ -125,7 +132,7 @@ def _line(group: tuple[Series, list[View]], axis: str, metric: str, unit: tuple[
     return trace
 
 
-def _dense(views: list[View], axis: str, metric: str, unit: tuple[float, str], scale: int) -> Trace:
+def _dense(index: int, views: list[View], axis: str, metric: str, unit: tuple[float, str], scale: int) -> Trace:
     """The dense model once, at the median of what the runs measured of it."""
     costs = [cost for view in views if (cost := _cost(view, "before", axis)) is not None]
     values = [value for view in views if (value := _metric(view, "before")) is not None]
@@ -137,7 +144,7 @@ def _dense(views: list[View], axis: str, metric: str, unit: tuple[float, str], s
         "name": name,
         "x": [statistics.median(costs) / unit[0]] if known else [],
         "y": [values[0] * scale] if known else [],
-        "marker": _marker("star", 16, "--ink"),
+        "marker": _marker(STARS[index % len(STARS)], 16, "--ink"),
         "hovertemplate": f"%{{y:.4g}} at %{{x:.4g}} {unit[1]}<extra>{name}</extra>",
     }
 

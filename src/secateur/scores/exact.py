@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import UnsupportedModel
 from secateur.families import Site, Sites, output_weight, sites
 from secateur.progress import Advance
 from secateur.progress import progress as shown
@@ -129,8 +130,7 @@ class _Run:
         self.positions = sum(f.shape[0] * f.shape[1] for f in features[-1:] if f is not None)
 
     def _tap(self, layer: Layer, features: Tensor | None, normalise: bool) -> _Tap:
-        if features is None:
-            raise RuntimeError(f"layer {layer.index} did not run")
+        features = _ran(features, layer.module)
         mask = token_mask(self.inputs, layer.stack, features)
         unit = unit_tokens(features[mask])
         return _Tap(unit, float(gram_norm(unit)) ** 2 if normalise else 1.0, mask)
@@ -156,8 +156,7 @@ class _Run:
         copies = len(units)
         last = layer.index == len(self.layers) - 1
         seen_layers = self.layers[layer.index if self.own_layer or last else layer.index + 1 :]
-        inputs = tiled(self.inputs_as_tuple(), copies, self.examples)
-        batch = dict(zip(self.inputs, inputs, strict=True))
+        batch = {name: tiled(value, copies, self.examples) for name, value in self.inputs.items()}
         with (
             replaced(self._memory(layer, block, units)),
             recorded([seen.tap for seen in seen_layers]) as features,
@@ -165,16 +164,11 @@ class _Run:
             raw = self.model(**batch)
         bent = torch.zeros(copies, dtype=torch.float64)
         for seen, feature in zip(seen_layers, features, strict=True):
-            if feature is None:
-                raise RuntimeError(f"layer {seen.index} did not run")
             tap = self.taps[seen.index]
-            student = feature.unflatten(0, (copies, self.examples))[:, tap.mask]
+            student = _ran(feature, seen.module).unflatten(0, (copies, self.examples))[:, tap.mask]
             bent += gram_change(tap.unit, unit_tokens(student)).double().cpu() / tap.norm
         values = read_output(raw, batch, self.layers[-1].stack).values.unflatten(0, (copies, self.examples))
         return bent, output_divergence(self.read, values, self.temperature).cpu()
-
-    def inputs_as_tuple(self) -> tuple[Tensor, ...]:
-        return tuple(self.inputs.values())
 
     def _memory(self, layer: Layer, block: int, units: list[int]) -> dict[nn.Module, Callable[..., Any]]:
         """Forwards for everything that is not to be computed again."""
@@ -213,13 +207,17 @@ class _Run:
         """The block's output projection without each unit: f - c_u W_uᵀ, (variants × examples, positions, hidden)."""
         site: Site = self.blocks[block]
         before = self.returns[site.output]
-        contribution = self.contributions[block]
-        if contribution is None:
-            raise RuntimeError(f"'{site.name}' did not run")
+        contribution = _ran(self.contributions[block], site.module)
         part = contribution.unflatten(-1, (site.units, site.width))[..., units, :]
         weight = output_weight(site).unflatten(-1, (site.units, site.width))[:, units]
         removed = torch.einsum("...uw,huw->u...h", part, weight)
         return (before - removed).flatten(0, 1)
+
+
+def _ran(tensor: Tensor | None, module: nn.Module) -> Tensor:
+    if tensor is None:
+        raise UnsupportedModel(f"{type(module).__name__} did not run: turn off layer dropping to score its units.")
+    return tensor
 
 
 def _nothing(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
