@@ -174,8 +174,11 @@ class _Run:
         """Forwards for everything that is not to be computed again."""
         copies = len(units)
         forwards: dict[nn.Module, Callable[..., Any]] = {}
+        # within a stack only what the last of the earlier layers returns is used
+        last = {earlier.stack: earlier.module for earlier in self.layers[: layer.index]}
+        returned = {stack: self._tiled(module, copies) for stack, module in last.items()}
         for earlier in self.layers[: layer.index]:
-            forwards[earlier.module] = answer(self._tiled(earlier.module, copies))
+            forwards[earlier.module] = answer(returned[earlier.stack])
         for before in self._blocks_before(layer, block):
             site = self.blocks[before]
             forwards[site.module] = answer(self._tiled(site.module, copies))
