@@ -19,7 +19,7 @@ from secateur.costs.budget import Budget, Constraint, constraints
 from secateur.costs.latency import Timing, time_interleaved, time_model
 from secateur.costs.machine import fingerprint as machine_fingerprint
 from secateur.errors import InvalidData, SecateurError
-from secateur.export import export
+from secateur.exporting import export
 from secateur.families import sites
 from secateur.methods import method_of
 from secateur.results import Measurement, Result, versions, weights_digest

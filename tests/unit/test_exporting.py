@@ -15,13 +15,13 @@ from torch import nn
 from secateur import hub
 from secateur.edits import Slice, apply_edits
 from secateur.errors import InvalidModel, MissingExtra, SecateurError, UnsupportedModel
-from secateur.export import CHECK_FILE, compare, example_inputs, export, input_names, longest_input
+from secateur.exporting import CHECK_FILE, compare, example_inputs, export, input_names, longest_input
 from secateur.families import sites
 from secateur.subnetwork import SubNetwork
 from tests.conftest import tiny_batch, tiny_model
 from tests.unit import tiny_text
 
-module = importlib.import_module("secateur.export")  # `secateur.export` is the verb
+module = importlib.import_module("secateur.exporting")
 
 
 def installed(name: str) -> bool:
