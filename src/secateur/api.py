@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,13 +22,15 @@ from secateur.errors import InvalidData, SecateurError
 from secateur.exporting import export
 from secateur.families import sites
 from secateur.methods import method_of
-from secateur.results import Measurement, Result, versions, weights_digest
+from secateur.results import Measurement, Result, versions, vocabulary_digest, weights_digest
 from secateur.run import Job, Method, Outcome, Run
 from secateur.search.allocate import allocate
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Evaluation, Task, check_labels, load_task, median_tokens
 from secateur.tasks import evaluate as evaluate_model
 from secateur.tasks import fingerprint as data_fingerprint
+from secateur.tasks.batching import token_limit
+from secateur.tasks.heads import share_padding
 from secateur.train import finetune
 
 __all__ = ["compress", "evaluate", "export", "finetune", "measure", "plan"]
@@ -79,19 +81,23 @@ def compress(
     asked.check_kinds(chosen.budgets, chosen.name)
     if resume and out is None:
         raise SecateurError("Resuming needs the folder of the run that was killed: give out=.")
+    if out is not None:
+        hub.check_target(out, "result.json", "" if isinstance(model, PreTrainedModel) else str(model))
     source, net, words = _open(model, tokenizer)
     data = check_labels(load_task(task, seed=seed), net)
     rows = _judged_by(data, split)
-    length = tokens or median_tokens(data, words)
+    length = _length(data, net, words, tokens)
     identity = {
         "model": weights_digest(net),
-        "task": data_fingerprint(data),
+        "task": [data_fingerprint(data), data.kind, list(data.metrics)],
+        "tokenizer": vocabulary_digest(words),
         "method": _settings(chosen),
         "budget": asked.describe(),
-        "setting": [batch, length, seed, rows, torch.get_num_threads()],
+        "setting": [batch, length, seed, rows, torch.get_num_threads(), str(net.device), str(net.dtype)],
+        "versions": versions(),
     }
-    run = Run(Path(f"{out}.run") if out is not None else None, identity, resume=resume)
-    limits = constraints(asked, net, batch, length)
+    run = Run(_run_folder(out), identity, resume=resume)
+    limits = _limits(run, asked, net, batch, length)
     job = Job(net, words, data, limits, run, batch, length, seed, progress)
     before = _metrics(run, "evaluate before", net, words, data, rows, progress)
     outcome = chosen.run(job)
@@ -110,7 +116,7 @@ def compress(
             "examples": len(data.split(rows)),
         },
         method=_settings(chosen),
-        budget=_reached(asked, limits, outcome, timings["after"]),
+        budget=_reached(asked, limits, outcome, timings),
         before=_measured(net, batch, length, before, timings["before"]),
         after=_measured(outcome.model, batch, length, after, timings["after"]),
         predicted=_predicted(net, batch, length, outcome.subnetwork, limits),
@@ -121,7 +127,7 @@ def compress(
         seed=seed,
         versions=versions(),
         machine=machine_fingerprint(),
-        data={"fingerprint": identity["task"], "splits": {k: len(v) for k, v in data.splits().items()}},
+        data={"fingerprint": data_fingerprint(data), "splits": {k: len(v) for k, v in data.splits().items()}},
         command=shlex.join(["secateur", *sys.argv[1:]])
         if Path(sys.argv[0]).name == "secateur"
         else "secateur.compress",
@@ -162,7 +168,7 @@ def plan(
     asked.check_kinds(chosen.budgets, chosen.name)
     source, net, words = _open(model, tokenizer)
     data = check_labels(load_task(task, seed=seed), net)
-    length = tokens or median_tokens(data, words)
+    length = _length(data, net, words, tokens)
     limits = constraints(asked, net, batch, length)
     full = SubNetwork.full(net)
     heads, neurons = full.masks()
@@ -232,13 +238,33 @@ def _open(
     if isinstance(model, PreTrainedModel):
         source, net = model.config._name_or_path or type(model).__name__, model
     else:
-        source, net = str(model), hub.open_model(model)
+        source, net = str(model), hub.open_model(model, trained=True)
     sites(net)  # an unknown architecture is reported before anything is computed
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return source, net, tokenizer
-    if tokenizer is None and not net.config._name_or_path:
+        words = tokenizer
+    elif tokenizer is None and not net.config._name_or_path:
         raise SecateurError("A live model needs its tokenizer: give tokenizer=.")
-    return source, net, hub.open_tokenizer(tokenizer if tokenizer is not None else net.config._name_or_path)
+    else:
+        words = hub.open_tokenizer(tokenizer if tokenizer is not None else net.config._name_or_path)
+    share_padding(net, words)
+    return source, net, words
+
+
+def _length(data: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> int:
+    """The length at which MACs and latency count: as asked, else the task's median real length."""
+    return tokens or min(median_tokens(data, tokenizer), token_limit(tokenizer, model))
+
+
+def _run_folder(out: str | Path | None) -> Path | None:
+    """Where the stages of the run that writes `out` are kept: beside it."""
+    return None if out is None else Path(out).resolve().with_name(f"{Path(out).resolve().name}.run")
+
+
+def _limits(run: Run, asked: Budget, model: PreTrainedModel, batch: int, tokens: int) -> list[Constraint]:
+    """The budget resolved on this model; limits in milliseconds are kept, since they are measured."""
+    limits = constraints(asked, model, batch, tokens)
+    kept: list[float] = run.record("limits", lambda: [constraint.limit for constraint in limits])
+    return [replace(constraint, limit=limit) for constraint, limit in zip(limits, kept, strict=True)]
 
 
 def _judged_by(data: Task, split: str | None) -> str:
@@ -301,18 +327,20 @@ def _predicted(
     return found | ({"latency_ms": tables[0]} if tables else {})
 
 
-def _reached(asked: Budget, limits: list[Constraint], outcome: Outcome, timing: Timing) -> dict[str, Any]:
-    """The budget as asked and as reached: counted on the cut model, or timed."""
+def _reached(asked: Budget, limits: list[Constraint], outcome: Outcome, timings: dict[str, Timing]) -> dict[str, Any]:
+    """The budget as asked and as reached: counted, or timed beside the model as given."""
     terms = []
-    for term, limit in zip(asked.terms, limits, strict=True):
-        reached = timing.median if limit.kind == "latency" else limit.cost.of(outcome.subnetwork)
+    for term, constraint in zip(asked.terms, limits, strict=True):
+        limit, reached = constraint.limit, constraint.cost.of(outcome.subnetwork)
+        if constraint.kind == "latency":
+            limit, reached = term.limit(timings["before"].median), timings["after"].median
         terms.append(
             {
-                "kind": limit.kind,
+                "kind": constraint.kind,
                 "asked": f"{term.value:g}{term.unit}",
-                "limit": limit.limit,
+                "limit": limit,
                 "reached": reached,
-                "met": reached <= limit.limit,
+                "met": reached <= limit,
             }
         )
     return {"text": asked.describe(), "terms": terms}

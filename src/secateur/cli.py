@@ -274,6 +274,9 @@ def main() -> None:
     except SecateurError as error:
         sys.stderr.write(f"secateur: {error}\n")
         sys.exit(2)
+    except OSError as error:
+        sys.stderr.write(f"secateur: {error.filename or 'a file'}: {error.strerror or error}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

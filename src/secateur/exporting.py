@@ -275,7 +275,7 @@ def _check_exportable(model: nn.Module) -> None:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise InvalidModel(f"The model to export must be float32, not {found}: call model.float() first.")
+        raise InvalidModel(f"The model to export must be float32, not {found}: call model.to(torch.float32) first.")
 
 
 def _flags(model: nn.Module) -> dict[str, bool]:

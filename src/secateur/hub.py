@@ -138,12 +138,16 @@ def attach(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
 
 
-def open_model(source: str | Path, cls: Any = AutoModelForSequenceClassification, **options: Any) -> PreTrainedModel:
+def open_model(
+    source: str | Path, cls: Any = AutoModelForSequenceClassification, *, trained: bool = False, **options: Any
+) -> PreTrainedModel:
     """`AutoModelFor….from_pretrained` with one-line errors; folders and hub ids, safetensors only.
 
     Args:
         source: a folder, or a hub id.
         cls: the transformers class to open it with.
+        trained: refuse a checkpoint that lacks weights of the class, such as the head of a model that was never
+            fine-tuned; transformers would draw them at random.
         options: passed to `from_pretrained`; `dtype` defaults to float32.
 
     Raises:
@@ -153,13 +157,19 @@ def open_model(source: str | Path, cls: Any = AutoModelForSequenceClassification
     _check_folder(Path(source), what)
     options = {"dtype": torch.float32, "use_safetensors": True} | options
     try:
-        model = cls.from_pretrained(what, **options)
+        model, loading = cls.from_pretrained(what, output_loading_info=True, **options)
     except SecateurError:
         raise
     except SafetensorError as error:
         raise InvalidModel(f"The weights in '{what}' are damaged ({error}): download or compress again.") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InvalidModel(f"'{what}' cannot be opened: {_first_line(error)}") from None
+    missing = sorted(loading["missing_keys"])
+    if trained and missing:
+        raise InvalidModel(
+            f"'{what}' has no weights for {', '.join(missing[:3])}: it was not fine-tuned for this kind of task; "
+            "run `secateur finetune` first."
+        )
     return cast(PreTrainedModel, model)
 
 
@@ -230,26 +240,50 @@ def save_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise SecateurError(f"'{folder}' is a file: name a folder to write to.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        fresh.mkdir()
+        _restore(old, target)  # a kill may have struck between the two renames below
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
         write(fresh)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
     except OSError as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
         raise SecateurError(
             f"'{folder}' was not written ({error.strerror or error}); what was there is untouched."
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _restore(old, target)
     return target
+
+
+def _restore(old: Path, target: Path) -> None:
+    """Put a folder that was moved aside back if nothing took its place, else forget it."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_target(folder: str | Path, mark: str, source: str = "") -> None:
+    """Refuse to replace what is not an earlier output.
+
+    Args:
+        folder: where an output is to be written.
+        mark: a file that an earlier output holds.
+        source: the model that is read, which must stay.
+
+    Raises:
+        SecateurError: the folder is a file, holds something else, or is the source.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise SecateurError(f"'{folder}' is a file: name a folder to write to.")
+    if source and target == Path(source).resolve():
+        raise SecateurError(f"'{folder}' is the model itself: name another folder to write to.")
+    if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
+        raise SecateurError(f"'{folder}' holds something else than an earlier result: name another folder to write to.")
 
 
 def write_model(

@@ -247,7 +247,7 @@ def tune(
         The corrections, to be written by `fold_scales`.
     """
     if next(model.parameters()).dtype not in (torch.float32, torch.float64):
-        model = copy.deepcopy(model).float()
+        model = nn.Module.float(copy.deepcopy(model))  # transformers refuses its own `float` here
     found = sites(model)
     sub.check_fits(found)
     plan = plain(sub)

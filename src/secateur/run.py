@@ -7,9 +7,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from secateur.edits import Edit
 from secateur.errors import InvalidData, SecateurError
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Task, batches
+from secateur.tasks.batching import token_limit
 
 Value = TypeVar("Value")
 
@@ -67,7 +68,13 @@ class Job:
         if self.task.train is None:
             raise InvalidData(f"task '{self.task.name}' has no training rows to calibrate on: add a train file.")
         data = batches(
-            self.task, "train", self.tokenizer, batch_size=batch_size, shuffle=self.seed, limit=count * batch_size
+            self.task,
+            "train",
+            self.tokenizer,
+            batch_size=batch_size,
+            max_length=token_limit(self.tokenizer, self.model),
+            shuffle=self.seed,
+            limit=count * batch_size,
         )
         return [{k: v for k, v in batch.items() if labels or k != "labels"} for batch in data]
 
@@ -80,6 +87,37 @@ class Outcome:
     edits: list[Edit]
     subnetwork: SubNetwork
     scores: UnitScores = field(repr=False)
+
+
+def check_fields(method: Any) -> None:
+    """Check a method's hyper-parameters against their types: choices, whole numbers from 1, numbers from 0.
+
+    Raises:
+        SecateurError: names the first one that does not fit.
+    """
+    hints = get_type_hints(type(method))
+    for name in (f.name for f in fields(method)):
+        value, kinds = getattr(method, name), _kinds(hints[name])
+        choices = [kind for kind in kinds if isinstance(kind, str)]
+        fits = (
+            (value is None and type(None) in kinds)
+            or (isinstance(value, bool) and bool in kinds)
+            or (isinstance(value, str) and value in choices)
+            or (type(value) is int and int in kinds and value >= 1)
+            or (type(value) in (int, float) and float in kinds and 0 <= value < float("inf"))
+        )
+        if not fits:
+            wanted = {bool: "true or false", int: "a whole number from 1", float: "a number from 0", type(None): "none"}
+            raise SecateurError(
+                f"{method.name}: {name} is {' or '.join([*choices, *(wanted[k] for k in kinds if k in wanted)])}, "
+                f"not {value!r}."
+            )
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types and literal values that a hint allows."""
+    parts = get_args(hint)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [hint]
 
 
 class Method(Protocol):
@@ -130,6 +168,8 @@ class Run:
                     f"The run at '{folder}' was started with another {', '.join(changed)}: run without --resume."
                 )
         else:
+            if folder.exists() and not marker.is_file():
+                raise SecateurError(f"'{folder}' is in the way: the run keeps its stages there. Move it.")
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json(marker, identity)

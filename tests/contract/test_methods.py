@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import secateur
 from secateur.costs import analytic
 from secateur.errors import InvalidBudget, InvalidData, InvalidModel, SecateurError
-from secateur.methods import Baseline, Optin, Ptf
+from secateur.methods import Baseline, Optin, Ptf, method_of
 from secateur.subnetwork import SubNetwork
 from tests.conftest import ENCODERS, tiny_model
 
@@ -178,6 +178,51 @@ def test_bad_methods_and_models() -> None:
         broken.classifier.weight.fill_(float("nan"))
     with pytest.raises(InvalidModel, match="NaN"):
         compress(broken, task=tiny_task(), tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("optin", {"scorer": "probes"}, "scorer is probe or exact, not 'probes'"),
+        ("optin", {"probes": 0}, "probes is a whole number from 1, not 0"),
+        ("optin", {"lambda_c": -1.0}, "lambda_c is a number from 0, not -1.0"),
+        ("optin", {"tune": "ful"}, "tune is none or scale or full or true or false, not 'ful'"),
+        ("optin", {"refine": 1.5}, "refine"),
+        ("ptf", {"batches": "many"}, "batches is a whole number from 1, not 'many'"),
+        ("baseline", {"score": "luck"}, "score is random or magnitude or local, not 'luck'"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(method: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        method_of(method, **settings)
+
+
+def test_half_precision_slices_are_cut_again() -> None:
+    once = compress(tiny_model("bert"), SETTINGS["optin repaired"], task=tiny_task(), tokenizer=tiny_tokenizer())
+    model = once.model.to(torch.bfloat16)
+    setting = Optin(scorer="exact", batches=1, batch_size=8, tokens=64, tune_batches=1, multiple=8)
+    twice = compress(model, setting, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="macs<=80%")
+    assert twice.model.dtype == torch.bfloat16
+    assert len(twice.edits) == 1
+    assert twice.after.macs <= 0.8 * twice.before.macs
+
+
+def test_latency_budgets_keep_the_fastest_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock says that every cut misses by ten percent; the run ends with a result that admits it."""
+    from secateur import prune
+
+    monkeypatch.setattr(prune, "_miss", lambda job, sub: 1.1)
+    result = compress(
+        tiny_model("bert"),
+        SETTINGS["random"],
+        task=tiny_task(),
+        tokenizer=tiny_tokenizer(),
+        budget="latency<=90%",
+        batch=2,
+        tokens=16,
+    )
+    assert result.budget["terms"][0]["kind"] == "latency"
+    assert result.predicted["latency_ms"] > 0
 
 
 KILLED = """

@@ -164,6 +164,44 @@ def test_failed_save_keeps_the_old_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_interrupted_save_keeps_the_old_folder(tmp_path: Path) -> None:
+    folder = hub.save_model(tmp_path / "out", sliced("bert"), None)  # type: ignore[arg-type]
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def interrupted(fresh: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.save_folder(folder, interrupted)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    folder.rename(tmp_path / ".out.old")  # as a kill between the two renames leaves it
+    with pytest.raises(SecateurError, match="untouched"):
+        hub.save_folder(folder, lambda fresh: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    hub.check_target(mine, "result.json")
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(SecateurError, match="something else"):
+        hub.check_target(mine, "result.json")
+    with pytest.raises(SecateurError, match="is a file"):
+        hub.check_target(mine / "thesis.tex", "result.json")
+    (mine / "result.json").write_text("{}")
+    hub.check_target(mine, "result.json")
+    with pytest.raises(SecateurError, match="the model itself"):
+        hub.check_target(mine, "result.json", str(mine))
+
+
+def test_a_model_that_was_never_fine_tuned_is_refused(tmp_path: Path) -> None:
+    tiny_model("bert").base_model.save_pretrained(tmp_path)
+    with pytest.raises(InvalidModel, match=r"no weights for classifier\.bias.*finetune"):
+        hub.open_model(tmp_path, trained=True)
+    assert hub.open_model(tmp_path).config.num_labels == 2
+
+
 def test_weights_are_physically_smaller(tmp_path: Path) -> None:
     dense, model = tiny_model("bert"), sliced("bert")
     dense.save_pretrained(tmp_path / "dense")

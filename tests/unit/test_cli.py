@@ -56,7 +56,7 @@ def one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         (["compress", "model", "-t", "data.csv", "-m", "magic"], "Unknown method"),
         (["compress", "model", "-t", "data.csv", "-s", "lambda=1"], "has no setting lambda"),
         (["compress", "model", "-t", "data.csv", "-s", "lambda"], "key=value"),
-        (["compress", "model", "-t", "data.csv", "-s", "tune=always"], "tune is one of"),
+        (["compress", "model", "-t", "data.csv", "-s", "tune=always"], "tune is none or scale or full"),
         (["compress", "model", "-t", "data.csv", "--split", "dev"], "dev"),
         (["compress", "model", "-t", "data.csv", "--resume"], "no unfinished run"),
         (["evaluate", "model", "-t", "data.csv", "--metric", "bleu"], "bleu"),

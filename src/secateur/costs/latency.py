@@ -230,7 +230,14 @@ def _layer_of(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _replay(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], object]:
-    return lambda: layer(*args, **kwargs)
+    if next(layer.parameters()).device.type != "cuda":
+        return lambda: layer(*args, **kwargs)
+
+    def synchronous() -> None:
+        layer(*args, **kwargs)
+        torch.cuda.synchronize()
+
+    return synchronous
 
 
 def layer_key(site: Site) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.costs.analytic import LinearCost, params
 from secateur.prune import prune
-from secateur.run import STRUCTURED_BUDGETS, Job, Outcome
+from secateur.run import STRUCTURED_BUDGETS, Job, Outcome, check_fields
 from secateur.scores.baselines import local_scores, magnitude_scores, random_scores
 from secateur.subnetwork import UnitScores
 
@@ -35,6 +35,9 @@ class Baseline:
 
     name: ClassVar[str] = "baseline"
     budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def run(self, job: Job) -> Outcome:
         """Score, search, slice."""

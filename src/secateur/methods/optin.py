@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.prune import Tune, pack_units, prune, search, tune_mode, unpack_units
-from secateur.run import STRUCTURED_BUDGETS, Job, Outcome
+from secateur.run import STRUCTURED_BUDGETS, Job, Outcome, check_fields
 from secateur.scores.exact import exact_scores
 from secateur.scores.probes import probe_scores
 from secateur.scores.trajectory import (
@@ -71,7 +71,8 @@ class Optin:
     budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.refine <= 1:
+        check_fields(self)
+        if self.refine > 1:
             raise SecateurError(f"refine is a share of the units, from 0 to 1, not {self.refine}.")
 
     def run(self, job: Job) -> Outcome:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.prune import Tune, pack_units, prune, tune_mode, unpack_units
-from secateur.run import STRUCTURED_BUDGETS, Job, Outcome
+from secateur.run import STRUCTURED_BUDGETS, Job, Outcome, check_fields
 from secateur.scores.fisher import fisher_scores
 from secateur.scores.trajectory import UnitGradients
 
@@ -35,6 +35,9 @@ class Ptf:
 
     name: ClassVar[str] = "ptf"
     budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def run(self, job: Job) -> Outcome:
         """Mask gradients, search, rearrangement, tuning, slice."""

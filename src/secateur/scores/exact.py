@@ -71,7 +71,7 @@ def exact_scores(
         progress: show a progress line.
     """
     if next(model.parameters()).dtype not in (torch.float32, torch.float64):
-        model = copy.deepcopy(model).float()
+        model = nn.Module.float(copy.deepcopy(model))  # transformers refuses its own `float` here
     found = sites(model)
     wanted = _wanted(found, units)
     total = sum(len(w) for w in wanted) * len(batches)
