@@ -29,7 +29,7 @@ def fingerprint() -> dict[str, Any]:
         "cores": _cores(),
         "flags": [flag for flag in FLAGS if flag in present],
         "memory_gb": _memory_gb(),
-        "os": platform.platform(),
+        "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
