@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     if out.exists() and not out.is_dir():
         raise SecateurError(f"'{out}' is a file: name a folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
-    task = load_task(assets.demo_data())
+    task = replace(load_task(assets.demo_data()), name="film reviews")
     dense = api.finetune(
         assets.demo_model(),
         None,
