@@ -45,7 +45,7 @@ def rows(name: str, config: BertConfig, dtype: torch.dtype, batch: int, seconds:
         sub = allocate(random_scores(dense, 0), limits)
         models[f"{budget} %"] = apply_edits(copy.deepcopy(dense), [Slice(sub)])
         shares[f"{budget} %"] = cost.of(sub) / cost.of(SubNetwork.full(dense))
-    timings = time_interleaved(models, batch, TOKENS, seconds=seconds, min_runs=15)
+    timings = time_interleaved(models, batch, TOKENS, seconds=seconds, min_runs=10)
     return [
         {
             "shape": name,
@@ -70,12 +70,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     found = []
-    for name, config in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, config in SHAPES.items():
             for batch in (1, 8):
                 found += rows(name, config, dtype, batch, arguments.seconds)
                 print(json.dumps(found[-2:]), flush=True)
-    write(HERE / "results" / "slice_latency.json", {**setting(), "tokens": TOKENS, "rows": found})
+                write(HERE / "results" / "slice_latency.json", {**setting(), "tokens": TOKENS, "rows": found})
 
 
 if __name__ == "__main__":
