@@ -44,12 +44,12 @@ def macs_of(compute: Callable[[], Any]) -> float:
 
 
 def some_units(model: nn.Module, share: float, seed: int = 0) -> SubNetwork:
+    """A random share of the neurons, and fifty times that share of the heads, which are few."""
     generator = torch.Generator().manual_seed(seed)
+    found = sites(model)
     return SubNetwork(
-        *(
-            tuple(tuple((torch.rand(s.units, generator=generator) < share).tolist()) for s in blocks)
-            for blocks in (sites(model).heads, sites(model).neurons)
-        )
+        tuple(tuple((torch.rand(s.units, generator=generator) < 50 * share).tolist()) for s in found.heads),
+        tuple(tuple((torch.rand(s.units, generator=generator) < share).tolist()) for s in found.neurons),
     )
 
 
@@ -72,13 +72,14 @@ def naive(model: nn.Module, batch: dict[str, Tensor], units: int) -> None:
         handle.remove()
 
 
-def rank_correlation(model: nn.Module, exact: Any, probe: Any) -> dict[str, float]:
-    found = {}
+def rank_correlation(exact: Any, probe: Any) -> dict[str, float | None]:
+    """Spearman over the units that were scored exactly, None where those are fewer than ten."""
+    found: dict[str, float | None] = {}
     for kind in ("heads", "neurons"):
         a, b = (torch.cat(getattr(combine(s, LAMBDA), kind)).double() for s in (exact, probe))
         # ρ of a sample differs from that of all units by a factor, which does not matter within a kind
         known = ~a.isnan()
-        found[kind] = float(spearman_corrcoef(b[known], a[known]))
+        found[kind] = round(float(spearman_corrcoef(b[known], a[known])), 4) if int(known.sum()) >= 10 else None
     return found
 
 
@@ -107,7 +108,7 @@ def row(name: str, model: nn.Module, data: list[dict[str, Tensor]], share: float
         "probe_seconds": round(probe_seconds, 1),
         "probe_macs_per_batch": probe_macs,
         "macs_ratio": round(macs * total / probe_macs),
-        "spearman": {k: round(v, 4) for k, v in rank_correlation(model, exact, probe).items()},
+        "spearman": rank_correlation(exact, probe),
         "probes": probes,
     }
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.1, help="share of MiniLM-L6's units that are scored exactly")
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--only", choices=("minilm", "base"), help="one of the two models")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -125,13 +127,14 @@ def main() -> None:
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in data]
     torch.manual_seed(0)
     base = BertForSequenceClassification(BertConfig()).eval()
-    record: dict[str, Any] = {**setting(), "rows": []}
-    for name, net, share in (
-        ("MiniLM-L6 (SST-2)", model, arguments.share),
-        ("BERT-base shape, random weights", base, arguments.share / 40),
+    for key, name, net, share in (
+        ("minilm", "MiniLM-L6 (SST-2)", model, arguments.share),
+        ("base", "BERT-base shape, random weights", base, arguments.share / 40),
     ):
-        record["rows"].append(row(name, net, inputs, share, arguments.probes))
-        write(HERE / "results" / "optin_cost.json", record)
+        if arguments.only not in (None, key):
+            continue
+        record = {**setting(), "rows": [row(name, net, inputs, share, arguments.probes)]}
+        write(HERE / "results" / f"optin_cost_{key}.json", record)
         print(json.dumps(record["rows"][-1], indent=1), flush=True)
 
 
