@@ -14,8 +14,12 @@ from secateur.methods import METHODS
 ROOT = Path(__file__).parents[2]
 
 
-def rows(page: str) -> list[list[str]]:
-    lines = [line for line in (ROOT / "docs" / page).read_text("utf-8").splitlines() if line.startswith("| ")]
+def rows(page: str, section: str = "") -> list[list[str]]:
+    """Cells of the tables of a page, or of one of its sections."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    if section:
+        text = text.split(f"## {section}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -28,7 +32,7 @@ def test_families_page_lists_the_table() -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if (ROOT / "docs" / "methods" / f"{name}.md").exists()])
 def test_method_cards_list_every_hyper_parameter(method: str) -> None:
     listed: dict[str, str] = {}
-    for name, value, *_ in rows(f"methods/{method}.md")[1:]:
+    for name, value, *_ in rows(f"methods/{method}.md", "Hyper-parameters")[1:]:
         names, values = re.findall(r"`(\w+)`", name), [part.strip("` ") for part in value.split(", ")]
         listed |= dict(zip(names, values, strict=True))
     expected = {
