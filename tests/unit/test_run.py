@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from secateur import prune
+from secateur.costs.budget import Constraint
 from secateur.errors import SecateurError
 from secateur.prune import pack_units, tune_mode, unpack_units
 from secateur.run import Run
+from secateur.subnetwork import SubNetwork, UnitScores
 
 
 def test_finished_stages_are_read_back_bit_by_bit(tmp_path: Path) -> None:
@@ -68,3 +73,24 @@ def test_modes_of_tuning() -> None:
     assert tune_mode("scale", "full") == "scale"
     with pytest.raises(SecateurError, match="none, scale, full"):
         tune_mode("ridge", "full")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("misses", "chosen", "limits"), [((1.3, 1.1, 1.2, 1.4), 1, 5), ((1.25, 0.9), 1, 2)])
+def test_latency_search_tightens_and_keeps_the_fastest_cut(
+    misses: tuple[float, ...], chosen: int, limits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts = [SubNetwork(((True,) * width,), ()) for width in range(1, 7)]
+    asked: list[float] = []
+
+    def allocate(scores: object, constraints: list[Constraint], **settings: object) -> SubNetwork:
+        asked.append(constraints[0].limit)
+        return cuts[len(asked) - 1]
+
+    clock = dict(zip(cuts, misses, strict=False))
+    monkeypatch.setattr(prune, "allocate", allocate)
+    monkeypatch.setattr(prune, "_miss", lambda job, sub: clock[sub])
+    job: Any = SimpleNamespace(constraints=[Constraint("latency", 10.0, None)])  # type: ignore[arg-type]
+    found = prune.search(job, UnitScores([], []), multiple=1, head_rate=1.0)
+    assert found == cuts[chosen]
+    assert len(asked) == limits
+    assert asked[1] == pytest.approx(10.0 / misses[0] * 0.98)
