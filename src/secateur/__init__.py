@@ -13,8 +13,9 @@ import secateur.hub as _plug_in  # noqa: F401  (registers with transformers)
 
 if TYPE_CHECKING:
     from secateur import families
-    from secateur.api import compress, evaluate, export, finetune, measure
-    from secateur.edits import Slice, apply_edits
+    from secateur.api import compress, dial, evaluate, export, finetune, measure
+    from secateur.edits import DropTokens, Slice, apply_edits
+    from secateur.methods.late import Late
     from secateur.methods.optin import Optin
     from secateur.methods.ptf import Ptf
     from secateur.results import Result
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "DropTokens": "edits",
+    "Late": "methods.late",
     "Optin": "methods.optin",
     "Ptf": "methods.ptf",
     "Result": "results",
@@ -32,6 +35,7 @@ _HOME = {
     "Task": "tasks",
     "apply_edits": "edits",
     "compress": "api",
+    "dial": "api",
     "evaluate": "api",
     "export": "api",
     "finetune": "api",
@@ -40,6 +44,8 @@ _HOME = {
 }
 
 __all__ = [
+    "DropTokens",
+    "Late",
     "Optin",
     "Ptf",
     "Result",
@@ -49,6 +55,7 @@ __all__ = [
     "__version__",
     "apply_edits",
     "compress",
+    "dial",
     "evaluate",
     "export",
     "families",

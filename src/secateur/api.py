@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,14 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur import hub
 from secateur.costs.analytic import encoder_params, file_bytes, macs, params
 from secateur.costs.budget import Budget, Constraint, constraints
+from secateur.costs.dial import time_settings
 from secateur.costs.latency import Timing, time_interleaved, time_model
 from secateur.costs.machine import fingerprint as machine_fingerprint
+from secateur.edits.tokens import dial_of, turned_to
 from secateur.errors import InvalidData, SecateurError
 from secateur.exporting import export
 from secateur.families import sites
 from secateur.methods import method_of
+from secateur.report import write_dial
 from secateur.results import Measurement, Result, versions, vocabulary_digest, weights_digest
-from secateur.run import Job, Method, Outcome, Run
+from secateur.run import Job, Method, Run
 from secateur.search.allocate import allocate
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Evaluation, Task, check_labels, load_task, median_tokens
@@ -33,7 +36,13 @@ from secateur.tasks.batching import token_limit
 from secateur.tasks.heads import share_padding
 from secateur.train import finetune
 
-__all__ = ["compress", "evaluate", "export", "finetune", "measure", "plan"]
+__all__ = ["compress", "dial", "evaluate", "export", "finetune", "measure", "plan"]
+
+COUNTED = {"size": "bytes", "latency": "latency_ms"}
+"""Names in `predicted` of the kinds of budget, where they differ."""
+
+SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0, 4.8)
+"""Settings of a dial that its table shows."""
 
 TaskLike: TypeAlias = str | Path | Dataset | DatasetDict | Task
 
@@ -43,7 +52,7 @@ def compress(
     method: str | Method = "optin",
     *,
     task: TaskLike,
-    budget: str = "macs<=60%",
+    budget: str | None = None,
     out: str | Path | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     split: str | None = None,
@@ -60,7 +69,7 @@ def compress(
         model: a folder, a hub id, or a live model (left unchanged). Opened in float32.
         method: a name of `secateur.methods.METHODS`, or a method with its hyper-parameters.
         task: see `load_task`: data to calibrate on and to judge by.
-        budget: see `Budget.parse`, such as "macs<=60%" or "latency<=12ms,size<=20MB".
+        budget: see `Budget.parse`, such as "macs<=60%" or "latency<=12ms,size<=20MB"; the method's usual one if None.
         out: folder to write model, card, `result.json` and `report.html` to; None writes nothing.
         tokenizer: the model's tokenizer; read from the model's folder if None.
         split: rows to judge by; validation if the task has it, else test.
@@ -77,7 +86,8 @@ def compress(
     Raises:
         SecateurError: a subclass that says what is wrong with the model, the data or the budget.
     """
-    chosen, asked = method_of(method), Budget.parse(budget)
+    chosen = method_of(method)
+    asked = Budget.parse(chosen.usual_budget if budget is None else budget)
     asked.check_kinds(chosen.budgets, chosen.name)
     if resume and out is None:
         raise SecateurError("Resuming needs the folder of the run that was killed: give out=.")
@@ -97,7 +107,7 @@ def compress(
         "versions": versions(),
     }
     run = Run(_run_folder(out), identity, resume=resume)
-    limits = _limits(run, asked, net, batch, length)
+    limits = _limits(run, asked, net, batch, length, chosen.cuts_units)
     job = Job(net, words, data, limits, run, batch, length, seed, progress)
     before = _metrics(run, "evaluate before", net, words, data, rows, progress)
     outcome = chosen.run(job)
@@ -105,6 +115,7 @@ def compress(
     timings = run.timed(
         "measure", lambda: time_interleaved({"before": net, "after": outcome.model}, batch, length, seconds=seconds)
     )
+    predicted = outcome.predicted or _predicted(net, batch, length, outcome.subnetwork, limits)
     result = Result(
         name=f"{chosen.name} {asked.describe()}",
         source=source,
@@ -116,10 +127,10 @@ def compress(
             "examples": len(data.split(rows)),
         },
         method=_settings(chosen),
-        budget=_reached(asked, limits, outcome, timings),
+        budget=_reached(asked, limits, predicted, timings),
         before=_measured(net, batch, length, before, timings["before"]),
         after=_measured(outcome.model, batch, length, after, timings["after"]),
-        predicted=_predicted(net, batch, length, outcome.subnetwork, limits),
+        predicted=predicted,
         latency_setting={
             k: v for k, v in asdict(timings["after"]).items() if k in ("batch", "tokens", "threads", "dtype")
         },
@@ -134,7 +145,7 @@ def compress(
         edits=[edit.to_dict() for edit in hub.edits_of(outcome.model)],
         subnetwork=outcome.subnetwork.to_dict(),
         blocks={"heads": [s.name for s in sites(net).heads], "neurons": [s.name for s in sites(net).neurons]},
-        scores={"heads": _lists(outcome.scores.heads), "neurons": _lists(outcome.scores.neurons)},
+        scores=_scores(outcome.scores),
         model=outcome.model,
         tokenizer=words,
     )
@@ -149,7 +160,7 @@ def plan(
     method: str | Method = "optin",
     *,
     task: TaskLike,
-    budget: str = "macs<=60%",
+    budget: str | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     batch: int = 1,
     tokens: int | None = None,
@@ -161,34 +172,105 @@ def plan(
 
     Returns:
         `limits` (kind, limit, before, predicted), `heads` and `neurons` kept per block if every unit had the same
-        score,
-        and the setting.
+        score (None for methods that cut neither), and the setting.
     """
-    chosen, asked = method_of(method), Budget.parse(budget)
+    chosen = method_of(method)
+    asked = Budget.parse(chosen.usual_budget if budget is None else budget)
     asked.check_kinds(chosen.budgets, chosen.name)
     source, net, words = _open(model, tokenizer)
     data = check_labels(load_task(task, seed=seed), net)
     length = _length(data, net, words, tokens)
-    limits = constraints(asked, net, batch, length)
+    limits = constraints(asked, net, batch, length, units=chosen.cuts_units)
     full = SubNetwork.full(net)
-    heads, neurons = full.masks()
-    share = sum(map(len, heads)) / max(sum(map(len, neurons)), 1)
-    alike = UnitScores(heads, [share * mask for mask in neurons])
-    sub = allocate(alike, limits, multiple=getattr(chosen, "multiple", 1))
+    sub = _if_alike(limits, full, getattr(chosen, "multiple", 1)) if chosen.cuts_units else None
     return {
         "model": source,
         "method": _settings(chosen),
         "limits": [
-            {"kind": c.kind, "limit": c.limit, "before": c.cost.of(full), "predicted": c.cost.of(sub)} for c in limits
+            {"kind": c.kind, "limit": c.limit, "before": c.cost.of(full)}
+            | ({"predicted": c.cost.of(sub)} if sub else {})
+            for c in limits
         ],
-        "heads": list(sub.head_widths),
-        "neurons": list(sub.neuron_widths),
+        "heads": list(sub.head_widths) if sub else None,
+        "neurons": list(sub.neuron_widths) if sub else None,
         "setting": {"batch": batch, "tokens": length, "calibration_rows": len(data.train or ())},
     }
 
 
+def dial(
+    model: str | Path | PreTrainedModel,
+    task: TaskLike | None = None,
+    *,
+    speedups: Sequence[float] = SPEEDUPS,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    split: str | None = None,
+    batch: int = 1,
+    tokens: int | None = None,
+    seed: int = 0,
+    seconds: float = 6.0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The table of a dial: speed-up → setting, MACs, milliseconds here, and metric.
+
+    Args:
+        model: a folder that `late` wrote, or a live model with a dial; its setting is left as it was.
+        task: see `load_task`; None leaves the metric out.
+        speedups: settings to measure; the dense model is always among them, those beyond reach are left out.
+        tokenizer: the model's tokenizer; read from the model's folder if None.
+        split: rows to judge by; validation if the task has it, else test.
+        batch: examples per pass, for MACs and milliseconds.
+        tokens: tokens per example; the dial's own length if None.
+        seed: of the split of data that has none.
+        seconds: how long to time all settings, in turns.
+        progress: show progress on standard error.
+
+    Returns:
+        `rows` with `speedup` (asked), `theory` (reached, by MACs of the layers), `alpha`, `macs`, `latency_ms`,
+        `measured` (dense milliseconds over these) and `metrics`; the setting and the machine. Written to `dial.json`
+        and `dial.html` in the model's folder, if it is one.
+
+    Raises:
+        SecateurError: the model has no dial, or a speed-up is below 1.
+    """
+    net = _live(model)
+    turned = dial_of(net)
+    length = tokens or turned.tokens
+    asked = sorted({1.0, *speedups})
+    alphas = {k: turned.alpha_for(k) for k in asked if k <= turned.reach}
+    timings = time_settings(net, turned, list(alphas.values()), batch, length, seconds=seconds)
+    rows = []
+    before = turned.alpha
+    try:
+        for (speedup, alpha), timing in zip(alphas.items(), timings, strict=True):
+            turned.alpha = alpha
+            row = {
+                "speedup": speedup,
+                "theory": turned.speedup_at(alpha, length),
+                "alpha": alpha,
+                "macs": round(macs(net, batch, length).of(SubNetwork.full(net))),
+                "latency_ms": {"median": timing.median, "p90": timing.p90, "n": timing.n},
+                "measured": timings[0].median / timing.median,
+            }
+            if task is not None:
+                found = evaluate(net, task, tokenizer=tokenizer, split=split, seed=seed, progress=progress)
+                row["metrics"] = found.metrics
+            rows.append(row)
+    finally:
+        turned.alpha = before
+    setting = {"batch": batch, "tokens": length, "threads": timings[0].threads, "dtype": timings[0].dtype}
+    table = {"rows": rows, "setting": setting, "machine": machine_fingerprint(), "versions": versions()}
+    if isinstance(model, (str, Path)) and Path(model).is_dir():
+        write_dial(table, Path(model))
+    return table
+
+
 def measure(
-    model: str | Path | PreTrainedModel, *, batch: int = 1, tokens: int = 128, seconds: float = 4.0
+    model: str | Path | PreTrainedModel,
+    *,
+    batch: int = 1,
+    tokens: int = 128,
+    seconds: float = 4.0,
+    speedup: float | None = None,
 ) -> dict[str, Any]:
     """Count and time a model.
 
@@ -197,13 +279,15 @@ def measure(
         batch: examples per pass.
         tokens: tokens per example.
         seconds: how long to time.
+        speedup: where to turn the model's dial for it; None leaves it where it stands.
 
     Returns:
         MACs, parameters, bytes, latency in milliseconds, the setting and the machine.
     """
-    net = model if isinstance(model, PreTrainedModel) else hub.open_any(model)
-    timing = time_model(net, batch, tokens, seconds=seconds)
-    counted = asdict(_measured(net, batch, tokens, {}, timing))
+    net = _live(model)
+    with turned_to(net, speedup):
+        timing = time_model(net, batch, tokens, seconds=seconds)
+        counted = asdict(_measured(net, batch, tokens, {}, timing))
     counted.pop("metrics")
     return {**counted, "setting": asdict(timing), "machine": machine_fingerprint()}
 
@@ -216,6 +300,7 @@ def evaluate(
     split: str | None = None,
     seed: int = 0,
     progress: bool = False,
+    speedup: float | None = None,
 ) -> Evaluation:
     """Judge a model on a task.
 
@@ -226,10 +311,23 @@ def evaluate(
         split: validation if the task has it, else test.
         seed: of the split of data that has none.
         progress: show progress on standard error.
+        speedup: where to turn the model's dial for it; None leaves it where it stands.
     """
     _, net, words = _open(model, tokenizer)
     data = load_task(task, seed=seed)
-    return evaluate_model(net, words, data, _judged_by(data, split), progress=progress)
+    with turned_to(net, speedup):
+        return evaluate_model(net, words, data, _judged_by(data, split), progress=progress)
+
+
+def _if_alike(limits: list[Constraint], full: SubNetwork, multiple: int) -> SubNetwork:
+    """What a budget leaves if every unit of a kind matters alike."""
+    heads, neurons = full.masks()
+    share = sum(map(len, heads)) / max(sum(map(len, neurons)), 1)
+    return allocate(UnitScores(heads, [share * mask for mask in neurons]), limits, multiple=multiple)
+
+
+def _live(model: str | Path | PreTrainedModel) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else hub.open_any(model)
 
 
 def _open(
@@ -260,9 +358,9 @@ def _run_folder(out: str | Path | None) -> Path | None:
     return None if out is None else Path(out).resolve().with_name(f"{Path(out).resolve().name}.run")
 
 
-def _limits(run: Run, asked: Budget, model: PreTrainedModel, batch: int, tokens: int) -> list[Constraint]:
+def _limits(run: Run, asked: Budget, model: PreTrainedModel, batch: int, tokens: int, units: bool) -> list[Constraint]:
     """The budget resolved on this model; limits in milliseconds are kept, since they are measured."""
-    limits = constraints(asked, model, batch, tokens)
+    limits = constraints(asked, model, batch, tokens, units=units)
     kept: list[float] = run.record("limits", lambda: [constraint.limit for constraint in limits])
     return [replace(constraint, limit=limit) for constraint, limit in zip(limits, kept, strict=True)]
 
@@ -327,11 +425,13 @@ def _predicted(
     return found | ({"latency_ms": tables[0]} if tables else {})
 
 
-def _reached(asked: Budget, limits: list[Constraint], outcome: Outcome, timings: dict[str, Timing]) -> dict[str, Any]:
+def _reached(
+    asked: Budget, limits: list[Constraint], predicted: dict[str, float], timings: dict[str, Timing]
+) -> dict[str, Any]:
     """The budget as asked and as reached: counted, or timed beside the model as given."""
     terms = []
     for term, constraint in zip(asked.terms, limits, strict=True):
-        limit, reached = constraint.limit, constraint.cost.of(outcome.subnetwork)
+        limit, reached = constraint.limit, predicted.get(COUNTED.get(term.counts, term.counts), 0.0)
         if constraint.kind == "latency":
             limit, reached = term.limit(timings["before"].median), timings["after"].median
         terms.append(
@@ -344,6 +444,10 @@ def _reached(asked: Budget, limits: list[Constraint], outcome: Outcome, timings:
             }
         )
     return {"text": asked.describe(), "terms": terms}
+
+
+def _scores(scores: UnitScores | None) -> dict[str, list[list[float]]]:
+    return {} if scores is None else {"heads": _lists(scores.heads), "neurons": _lists(scores.neurons)}
 
 
 def _lists(tensors: list[torch.Tensor]) -> list[list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,9 @@ TokensOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+SpeedupOption = Annotated[
+    str | None, typer.Option(help="Where to turn the model's latency dial, such as 2, or several: 1,1.5,2,3.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="A hyper-parameter of the method, such as lambda_c=0.1; repeat for more."),
@@ -110,8 +114,13 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("out"),
     method: Annotated[str, typer.Option("--method", "-m", help="See `secateur list`.")] = "optin",
     budget: Annotated[
-        str, typer.Option("--budget", "-b", help="Such as macs<=60%, or latency<=12ms,size<=20MB.")
-    ] = "macs<=60%",
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Such as macs<=60%, or latency<=12ms,size<=20MB, or speedup>=3; the method's usual one by default.",
+        ),
+    ] = None,
     setting: Settings = None,
     tokenizer: TokenizerOption = None,
     text: TextOption = None,
@@ -166,11 +175,51 @@ def compress(
 
 
 @app.command()
+def dial(
+    model: Model,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="As for compress; without it no metric.")] = None,
+    speedup: SpeedupOption = "1,1.5,2,3,4,4.8",
+    tokenizer: TokenizerOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    metric: MetricOption = None,
+    split: SplitOption = None,
+    batch: BatchOption = 1,
+    tokens: TokensOption = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 6.0,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what each setting of a latency dial costs and scores here; writes dial.json and dial.html."""
+    from secateur import api
+    from secateur.report import print_dial
+    from secateur.tasks import load_task
+
+    _threads(threads)
+    data = load_task(task, text=text, label=label, metric=metric, seed=seed) if task is not None else None
+    table = api.dial(
+        model,
+        data,
+        speedups=_speedups(speedup) or (),
+        tokenizer=tokenizer,
+        split=split,
+        batch=batch,
+        tokens=tokens,
+        seed=seed,
+        seconds=seconds,
+        progress=True,
+    )
+    _show(table, as_json, lambda: print_dial(table))
+
+
+@app.command()
 def measure(
     model: Model,
     batch: BatchOption = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per example.")] = 128,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 4.0,
+    speedup: SpeedupOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -178,8 +227,11 @@ def measure(
     from secateur import api
 
     _threads(threads)
-    found = api.measure(model, batch=batch, tokens=tokens, seconds=seconds)
-    _show(found, as_json, lambda: typer.echo(_numbers({k: v for k, v in found.items() if k != "machine"})))
+    for wanted in _speedups(speedup) or (None,):
+        found = api.measure(model, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted)
+        found = {"speedup": wanted, **found} if wanted is not None else found
+        shown = _numbers({k: v for k, v in found.items() if k != "machine"})
+        _show(found, as_json, partial(typer.echo, shown))
 
 
 @app.command()
@@ -191,6 +243,7 @@ def evaluate(
     label: LabelOption = None,
     metric: MetricOption = None,
     split: SplitOption = None,
+    speedup: SpeedupOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -201,9 +254,11 @@ def evaluate(
 
     _threads(threads)
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
-    found = api.evaluate(model, data, tokenizer=tokenizer, split=split, progress=True)
-    record = {"task": data.name, "examples": len(found.labels), "metrics": found.metrics}
-    _show(record, as_json, lambda: typer.echo(_numbers(record)))
+    for wanted in _speedups(speedup) or (None,):
+        found = api.evaluate(model, data, tokenizer=tokenizer, split=split, progress=True, speedup=wanted)
+        record: dict[str, Any] = {"task": data.name, "examples": len(found.labels), "metrics": found.metrics}
+        record = {"speedup": wanted, **record} if wanted is not None else record
+        _show(record, as_json, partial(typer.echo, _numbers(record)))
 
 
 @app.command()
@@ -296,12 +351,11 @@ def _print_results(records: list[dict[str, Any]]) -> None:
 
 def _print_plan(found: dict[str, Any]) -> None:
     for limit in found["limits"]:
-        typer.echo(
-            f"{limit['kind']}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked, "
-            f"{limit['predicted']:.4g} planned"
-        )
-    typer.echo(f"heads kept if all units mattered alike: {found['heads']}")
-    typer.echo(f"neurons kept if all units mattered alike: {found['neurons']}")
+        planned = f", {limit['predicted']:.4g} planned" if "predicted" in limit else ""
+        typer.echo(f"{limit['kind']}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked{planned}")
+    if found["heads"] is not None:
+        typer.echo(f"heads kept if all units mattered alike: {found['heads']}")
+        typer.echo(f"neurons kept if all units mattered alike: {found['neurons']}")
     typer.echo(f"setting: {_numbers(found['setting'])}")
 
 
@@ -319,6 +373,16 @@ def _threads(count: int | None) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def _speedups(text: str | None) -> list[float] | None:
+    """Numbers joined with commas."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SecateurError(f"--speedup takes numbers from 1, such as 1,1.5,2, not '{text}'.") from None
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:

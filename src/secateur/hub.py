@@ -4,7 +4,8 @@ Edits travel in `config.json` as `quantization_config = {"quant_method": "secate
 Importing
 secateur registers the plug-in that shapes the empty model by them before transformers reads the weights. Without the
 import,
-transformers finds tensors of other shapes than it expects and refuses the folder.
+transformers finds tensors of other shapes than it expects and refuses the folder. Where no edit changes a shape, one
+parameter is stored with one axis more.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.edits import Edit, apply_edits, edits_from_dicts, merge
 from secateur.errors import InvalidModel, SecateurError
+from secateur.families import sites
 
 QUANT_METHOD = "secateur"
 FORMAT_VERSION = 1
@@ -88,11 +90,29 @@ class SecateurQuantizer(HfQuantizer):
     """Shapes the empty model by its edits before transformers reads the weights."""
 
     quantization_config: SecateurConfig
+    _reading = False  # whether weights are being read from a folder
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._reading = True
         for file in kwargs.get("checkpoint_files") or ():
             self._check_digest(Path(file))
-        return apply_edits(model, self.quantization_config.edits, empty=True)
+        apply_edits(model, self.quantization_config.edits, empty=True)
+        if self._guarded():
+            owner, name = guarded_parameter(model)
+            _reshape(owner, name, lambda weight: weight[None])
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._guarded():
+            owner, name = guarded_parameter(model)
+            if self._reading:
+                _reshape(owner, name, lambda weight: weight[0])
+            model.register_load_state_dict_pre_hook(_unguard)
+        self._reading = False
+        return model
+
+    def _guarded(self) -> bool:
+        return not any(edit.changes_shapes for edit in self.quantization_config.edits)
 
     def _check_digest(self, file: Path) -> None:
         if file.suffix != ".safetensors":
@@ -105,8 +125,14 @@ class SecateurQuantizer(HfQuantizer):
                 f"compress again."
             )
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        return None, {_DIGEST: self.quantization_config.digest}
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        self.quantization_config.edits = edits_of(model)
+        state = None
+        if self._guarded():
+            state = model.state_dict()
+            key = _guarded_key(model)
+            state[key] = state[key][None]
+        return state, {_DIGEST: self.quantization_config.digest}
 
     def is_serializable(self) -> bool:
         return True
@@ -124,7 +150,34 @@ class SecateurQuantizer(HfQuantizer):
 def edits_of(model: nn.Module) -> list[Edit]:
     """The edits a model carries, in order; empty for a model that secateur did not change."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return list(config.edits) if isinstance(config, SecateurConfig) else []
+    return [edit.present(model) for edit in config.edits] if isinstance(config, SecateurConfig) else []
+
+
+def guarded_parameter(model: nn.Module) -> tuple[nn.Module, str]:
+    """The parameter that is stored with one axis too many when no edit changes a shape, and the module it is in.
+
+    transformers only warns of an unknown plug-in; a shape that does not fit stops it.
+    """
+    layer = sites(model).neurons[0].layer_module
+    path, _, name = next(name for name, _ in layer.named_parameters()).rpartition(".")
+    return layer.get_submodule(path), name
+
+
+def _guarded_key(model: nn.Module) -> str:
+    owner, name = guarded_parameter(model)
+    return next(key for key, p in model.named_parameters() if p is getattr(owner, name))
+
+
+def _reshape(owner: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    old = getattr(owner, name)
+    setattr(owner, name, nn.Parameter(change(old.detach()), requires_grad=old.requires_grad))
+
+
+def _unguard(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before `load_state_dict`, as a resumed `Trainer` calls it on what `save_pretrained` wrote."""
+    key = prefix + _guarded_key(model)
+    if key in state and state[key].dim() > getattr(*guarded_parameter(model)).dim():
+        state[key] = state[key][0]
 
 
 def attach(model: PreTrainedModel, edits: Sequence[Edit]) -> None:

@@ -28,6 +28,9 @@ Value = TypeVar("Value")
 STRUCTURED_BUDGETS = frozenset({"macs", "params", "encoder_params", "size", "latency"})
 """What removing heads and neurons can aim at."""
 
+USUAL_BUDGET = "macs<=60%"
+"""What it aims at when nothing is asked."""
+
 
 @dataclass
 class Job:
@@ -81,12 +84,21 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a method hands back: the changed model, the edits that shape it, and what they were chosen by."""
+    """What a method hands back: the changed model, the edits that shape it, and what they were chosen by.
+
+    Attributes:
+        model: the changed model.
+        edits: the changes.
+        subnetwork: the heads and neurons that it kept.
+        scores: what they were chosen by; None if the method cuts neither.
+        predicted: what the cost models say of the model, by kind; None if that follows from the sub-network.
+    """
 
     model: PreTrainedModel
     edits: list[Edit]
     subnetwork: SubNetwork
-    scores: UnitScores = field(repr=False)
+    scores: UnitScores | None = field(default=None, repr=False)
+    predicted: dict[str, float] | None = None
 
 
 def check_fields(method: Any) -> None:
@@ -126,10 +138,14 @@ class Method(Protocol):
     Attributes:
         name: its key in `METHODS`.
         budgets: the kinds of budget it can meet.
+        usual_budget: what it aims at when nothing is asked.
+        cuts_units: whether it removes heads and neurons.
     """
 
     name: ClassVar[str]
     budgets: ClassVar[frozenset[str]]
+    usual_budget: ClassVar[str]
+    cuts_units: ClassVar[bool]
 
     def run(self, job: Job) -> Outcome:
         """Compress `job.model` to `job.constraints`."""

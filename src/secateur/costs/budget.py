@@ -26,12 +26,20 @@ UNITS: dict[str, dict[str, float]] = {
     "encoder_params": _COUNT,
     "size": _BYTES,
     "latency": _TIME,
+    "speedup": {"": 1.0, "x": 1.0},
 }
 """For each kind of budget, the units it may be written in and what they are worth (latency in milliseconds)."""
 
-EXAMPLES = {"macs": "2.5G", "params": "15M", "encoder_params": "7M", "size": "20MB", "latency": "12ms"}
+EXAMPLES = {
+    "macs": "macs<=2.5G",
+    "params": "params<=15M",
+    "encoder_params": "encoder_params<=7M",
+    "size": "size<=20MB",
+    "latency": "latency<=12ms",
+    "speedup": "speedup>=3",
+}
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
-_TERM = re.compile(rf"\w+\s*<=\s*(?P<value>{_NUMBER})\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
+_TERM = re.compile(rf"\w+\s*(?P<sign>[<>]=)\s*(?P<value>{_NUMBER})\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,21 @@ class Term:
     value: float
     unit: str
 
+    @property
+    def counts(self) -> str:
+        """The kind of cost that the limit is on: a speed-up is one of MACs."""
+        return "macs" if self.kind == "speedup" else self.kind
+
     def limit(self, full: float) -> float:
         """The limit in units, bytes or milliseconds, for a model that costs `full`."""
+        if self.kind == "speedup":
+            return full / self.value
         return self.value / 100 * full if self.unit == "%" else self.value * UNITS[self.kind][self.unit]
 
     def at_least(self, cost: float, full: float) -> Term:
         """The smallest limit of three digits, in this term's unit, that a cost still meets."""
+        if self.kind == "speedup":
+            return Term(self.kind, math.floor(100 * full / cost) / 100, self.unit)
         exact = cost / self._scale(full)
         step = 10.0 ** (math.floor(math.log10(exact)) - 2) if exact > 0 else 1.0
         steps = math.ceil(exact / step)
@@ -57,13 +74,15 @@ class Term:
 
     def show(self, cost: float, full: float) -> str:
         """A cost in this term's unit."""
+        if self.kind == "speedup":
+            return f"{full / cost:.4g}{self.unit}"
         return f"{cost / self._scale(full):.4g}{self.unit}"
 
     def _scale(self, full: float) -> float:
         return full / 100 if self.unit == "%" else UNITS[self.kind][self.unit]
 
     def __str__(self) -> str:
-        return f"{self.kind}<={self.value:.12g}{self.unit}"
+        return f"{self.kind}{'>=' if self.kind == 'speedup' else '<='}{self.value:.12g}{self.unit}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,8 @@ class Budget:
 
         Args:
             text: limits joined with commas, each `kind<=amount`. Kinds: macs, params, encoder_params (amounts such as
-                15M or 2.5G), size (20MB, 20MiB), latency (12ms); or a share of the model as given (60%).
+                15M or 2.5G), size (20MB, 20MiB), latency (12ms); or a share of the model as given (60%). And
+                `speedup>=3`: at most a third of the model's MACs.
 
         Raises:
             InvalidBudget: the text cannot be read, a kind is unknown or given twice, or a share would cut nothing.
@@ -142,7 +162,9 @@ class Constraint:
         )
 
 
-def constraints(budget: Budget, model: nn.Module, batch: int = 1, tokens: int = 128) -> list[Constraint]:
+def constraints(
+    budget: Budget, model: nn.Module, batch: int = 1, tokens: int = 128, *, units: bool = True
+) -> list[Constraint]:
     """Resolve a budget on a model; shares are shares of the model as given.
 
     Args:
@@ -150,6 +172,7 @@ def constraints(budget: Budget, model: nn.Module, batch: int = 1, tokens: int = 
         model: the model to be cut.
         batch: examples per pass, for macs and latency.
         tokens: tokens per example, for macs and latency.
+        units: whether heads and neurons are what will be cut, which bounds what is feasible.
 
     Raises:
         InvalidBudget: a limit is below what this model can be cut to (the message states the nearest feasible one), or
@@ -158,9 +181,10 @@ def constraints(budget: Budget, model: nn.Module, batch: int = 1, tokens: int = 
     full = SubNetwork.full(model)
     resolved = []
     for term in budget.terms:
-        cost = _cost(term.kind, model, batch, tokens)
+        cost = _cost(term.counts, model, batch, tokens)
         constraint = Constraint(term.kind, term.limit(cost.of(full)), cost, term)
-        check_feasible(constraint, full)
+        if units:
+            check_feasible(constraint, full)
         resolved.append(constraint)
     if all(constraint.met_by(full) for constraint in resolved):
         # no share is met by the full model, so every term here is absolute
@@ -196,21 +220,25 @@ def _term(piece: str) -> Term:
         raise InvalidBudget(f"Unknown budget '{piece}': it limits one of {', '.join(UNITS)}, as in 'macs<=60%'.")
     kind = kind.lower()
     match = _TERM.fullmatch(piece)
-    if match is None:
-        raise InvalidBudget(f"'{piece}' cannot be read: write '{kind}<={EXAMPLES[kind]}' or a share, '{kind}<=60%'.")
+    if match is None or match["sign"] != (">=" if kind == "speedup" else "<="):
+        share = "" if kind == "speedup" else f" or a share, '{kind}<=60%'"
+        raise InvalidBudget(f"'{piece}' cannot be read: write '{EXAMPLES[kind]}'{share}.")
     value, unit = float(match["value"]), _unit(kind, match["unit"], piece)
     if value <= 0:
-        raise InvalidBudget(f"'{piece}' leaves nothing: the limit must be above 0, as in '{kind}<={EXAMPLES[kind]}'.")
+        raise InvalidBudget(f"'{piece}' leaves nothing: the limit must be above 0, as in '{EXAMPLES[kind]}'.")
+    if kind == "speedup" and value <= 1:
+        raise InvalidBudget(f"'{piece}' would cut nothing: a speed-up is above 1, as in '{EXAMPLES[kind]}'.")
     if unit == "%" and value >= 100:
         raise InvalidBudget(f"'{piece}' would cut nothing: shares are below 100%, as in '{kind}<=60%'.")
     return Term(kind, value, unit)
 
 
 def _unit(kind: str, text: str, piece: str) -> str:
-    if text == "%":
+    if text == "%" and kind != "speedup":
         return "%"
     for unit in UNITS[kind]:
         if unit.lower() == text.lower():
             return unit
     units = ", ".join(unit for unit in UNITS[kind] if unit)
-    raise InvalidBudget(f"'{piece}' needs a unit of {kind} ({units} or %), as in '{kind}<={EXAMPLES[kind]}'.")
+    share = "" if kind == "speedup" else " or %"
+    raise InvalidBudget(f"'{piece}' needs a unit of {kind} ({units}{share}), as in '{EXAMPLES[kind]}'.")

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from secateur.edits.slice import Slice
+from secateur.edits.tokens import DropTokens
 from secateur.errors import InvalidModel
 
-__all__ = ["EDITS", "Edit", "Slice", "apply_edits", "edits_from_dicts", "merge"]
+__all__ = ["EDITS", "DropTokens", "Edit", "Slice", "apply_edits", "edits_from_dicts", "merge"]
 
 
 class Edit(Protocol):
@@ -18,8 +19,17 @@ class Edit(Protocol):
 
     type: ClassVar[str]
 
+    @property
+    def changes_shapes(self) -> bool:
+        """Whether tensors end with other shapes; if not, the hub guards the folder."""
+        ...
+
     def apply(self, model: nn.Module, *, empty: bool = False) -> None:
         """Change the model in place; with `empty=True` only shapes matter (the weights are read afterwards)."""
+        ...
+
+    def present(self, model: nn.Module) -> Edit:
+        """The edit with the settings that the model has now, such as where its dial stands."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -27,7 +37,7 @@ class Edit(Protocol):
         ...
 
 
-EDITS: dict[str, type[Slice]] = {"slice": Slice}
+EDITS: dict[str, type[Slice] | type[DropTokens]] = {"slice": Slice, "drop_tokens": DropTokens}
 
 
 def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False) -> nn.Module:

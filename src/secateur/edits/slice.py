@@ -20,6 +20,11 @@ class Slice:
     subnetwork: SubNetwork
     type: ClassVar[str] = "slice"
 
+    @property
+    def changes_shapes(self) -> bool:
+        """Whether any unit goes."""
+        return not all(all(mask) for mask in (*self.subnetwork.heads, *self.subnetwork.neurons))
+
     def apply(self, model: nn.Module, *, empty: bool = False) -> None:
         """Shorten every tensor that the family table names, in place.
 
@@ -42,6 +47,10 @@ class Slice:
                 index = unit_index(kept, site.units, weight_of(module).shape[dimension], cut.parts)
                 shorten(module, dimension, index, bias=cut.side == "out")
             after_slice(site, kept, found.family.quirk)
+
+    def present(self, model: nn.Module) -> Slice:
+        """The edit itself: a cut has no settings."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, **self.subnetwork.to_dict()}

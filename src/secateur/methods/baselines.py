@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.costs.analytic import LinearCost, params
 from secateur.prune import prune
-from secateur.run import STRUCTURED_BUDGETS, Job, Outcome, check_fields
+from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome, check_fields
 from secateur.scores.baselines import local_scores, magnitude_scores, random_scores
 from secateur.subnetwork import UnitScores
 
@@ -35,6 +35,8 @@ class Baseline:
 
     name: ClassVar[str] = "baseline"
     budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+    usual_budget: ClassVar[str] = USUAL_BUDGET
+    cuts_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

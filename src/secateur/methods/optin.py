@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.prune import Tune, pack_units, prune, search, tune_mode, unpack_units
-from secateur.run import STRUCTURED_BUDGETS, Job, Outcome, check_fields
+from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome, check_fields
 from secateur.scores.exact import exact_scores
 from secateur.scores.probes import probe_scores
 from secateur.scores.trajectory import (
@@ -69,6 +69,8 @@ class Optin:
 
     name: ClassVar[str] = "optin"
     budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+    usual_budget: ClassVar[str] = USUAL_BUDGET
+    cuts_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

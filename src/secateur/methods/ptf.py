@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.prune import Tune, pack_units, prune, tune_mode, unpack_units
-from secateur.run import STRUCTURED_BUDGETS, Job, Outcome, check_fields
+from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome, check_fields
 from secateur.scores.fisher import fisher_scores
 from secateur.scores.trajectory import UnitGradients
 
@@ -35,6 +35,8 @@ class Ptf:
 
     name: ClassVar[str] = "ptf"
     budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+    usual_budget: ClassVar[str] = USUAL_BUDGET
+    cuts_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+_DIAL = """
+The speed-up is a dial, without further training:
+
+```python
+model.secateur.speedup = 1.0           # the dense model
+model.secateur.speedup = 2.5           # for texts of {tokens} tokens
+model.secateur.latency_budget = "8ms"  # measured where it runs
+```
+"""
+
 _CARD = """---
 library_name: transformers
 tags: [secateur, {method}]
@@ -28,7 +38,7 @@ from transformers import AutoModelFor{head}, AutoTokenizer
 
 model = AutoModelFor{head}.from_pretrained("this folder")
 ```
-
+{dial}
 ## How it was made
 
 | | |
@@ -72,12 +82,18 @@ def card(result: dict[str, Any]) -> str:
         cpu=_cell(result["machine"].get("cpu", "unknown processor")),
         metric_line=f"Metrics: task {_cell(task['name'])}, split {task['split']}, {task['examples']} examples.",
         head="SequenceClassification",
+        dial=_dial(result["edits"]),
         command=_cell(result["command"]),
         settings=_cell(", ".join(f"{key} {value}" for key, value in method.items() if key != "name")),
         budget=_cell(result["budget"]["text"]),
         seed=result["seed"],
         versions=_cell(", ".join(f"{name} {number}" for name, number in result["versions"].items())),
     )
+
+
+def _dial(edits: list[dict[str, Any]]) -> str:
+    tokens = [edit["tokens"] for edit in edits if edit["type"] == "drop_tokens"]
+    return _DIAL.format(tokens=tokens[0]) if tokens else ""
 
 
 def _row(name: str, before: float, after: float, unit: float, symbol: str) -> str:

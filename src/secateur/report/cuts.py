@@ -17,14 +17,17 @@ SCORE_BINS = 36
 
 
 def cuts(view: View, prefix: str) -> list[Figure]:
-    """Which heads and which neurons went, and how wide each layer is now."""
-    if view.subnetwork is None:
-        return []
+    """Which heads and which neurons went, how wide each layer is now, and how many tokens leave it."""
     figures = []
+    if view.tokens:
+        caption = "Tokens that a layer hands on, of those in a text of this length."
+        figures.append(_widths(view.tokens, f"{prefix}-tokens", "Tokens that leave each layer", caption, "tokens"))
     if view.heads:
         figures.append(_head_map(view, f"{prefix}-heads"))
     if view.neurons:
-        figures += [_neuron_map(view, f"{prefix}-neurons"), _widths(view.neurons, f"{prefix}-widths")]
+        caption = "Neurons kept, of those there were."
+        figures.append(_neuron_map(view, f"{prefix}-neurons"))
+        figures.append(_widths(view.neurons, f"{prefix}-widths", "Width of each layer", caption, "neurons"))
     return figures
 
 
@@ -84,7 +87,7 @@ def _neuron_map(view: View, name: str) -> Figure:
     return Figure(name, "Neurons", caption, [trace], shape, _rows_height(view.neurons))
 
 
-def _widths(layers: Sequence[Layer], name: str) -> Figure:
+def _widths(layers: Sequence[Layer], name: str, title: str, caption: str, what: str) -> Figure:
     labels = [escape(layer.label) for layer in layers]
     rows = list(range(len(layers)))
     bar = {"type": "bar", "orientation": "h", "y": rows, "customdata": labels}
@@ -118,13 +121,11 @@ def _widths(layers: Sequence[Layer], name: str) -> Figure:
         barmode="stack",
         bargap=0.28,
         annotations=notes,
-        xaxis={"title": {"text": "neurons"}, "tickformat": ",", "gridcolor": "--line", "zeroline": False},
+        xaxis={"title": {"text": what}, "tickformat": ",", "gridcolor": "--line", "zeroline": False},
         yaxis=_layer_axis(layers),
         margin={"l": _label_room(layers), "r": 52, "t": 8, "b": 48},
     )
-    return Figure(
-        name, "Width of each layer", "Neurons kept, of those there were.", [kept, removed], shape, _rows_height(layers)
-    )
+    return Figure(name, title, caption, [kept, removed], shape, _rows_height(layers))
 
 
 def score_distributions(view: View, prefix: str) -> list[Figure]:

@@ -12,6 +12,7 @@ from secateur.errors import SecateurError
 from secateur.report import numbers
 from secateur.report.numbers import Sense
 from secateur.subnetwork import SubNetwork
+from secateur.tokens.scores import counts, shares
 
 Record = Mapping[str, Any]
 
@@ -92,6 +93,7 @@ class View:
     setting: str
     heads: tuple[Layer, ...]
     neurons: tuple[Layer, ...]
+    tokens: tuple[Layer, ...]
     subnetwork: SubNetwork | None
     facts: tuple[tuple[str, str], ...]
     command: str
@@ -129,7 +131,10 @@ def _view(index: int, record: Record) -> View:
     rows = tuple(_cost_row(kind, before, after) for kind in _COSTS if kind in after)
     latency = _latency_rows(before, after)
     metrics = _metric_rows(before, after)
+    tokens = _tokens(record.get("edits") or [])
     subnetwork = SubNetwork.from_dict(record["subnetwork"]) if record.get("subnetwork") else None
+    if tokens and subnetwork is not None and all(all(m) for m in (*subnetwork.heads, *subnetwork.neurons)):
+        subnetwork = None  # every unit stayed: nothing to show
     blocks = record.get("blocks") or {}
     heads = _layers(subnetwork.heads, blocks.get("heads")) if subnetwork else ()
     neurons = _layers(subnetwork.neurons, blocks.get("neurons")) if subnetwork else ()
@@ -142,7 +147,7 @@ def _view(index: int, record: Record) -> View:
         method=str(record["method"].get("name", "")),
         metric=metric,
         headline=_headline(record, metric),
-        summary=_summary(record, heads, neurons),
+        summary=_summary(record, heads, neurons, tokens),
         tiles=_tiles(before, after, metric),
         rows=(*rows, *latency, *metrics),
         terms=tuple(_term(term) for term in record["budget"].get("terms", ())),
@@ -152,6 +157,7 @@ def _view(index: int, record: Record) -> View:
         setting=_setting(record.get("latency_setting") or {}),
         heads=heads,
         neurons=neurons,
+        tokens=tokens,
         subnetwork=subnetwork,
         facts=_facts(record),
         command=str(record.get("command", "")),
@@ -228,12 +234,23 @@ def _headline(record: Record, metric: str) -> str:
     return f"{short_name(record['model'])}: {', '.join(parts) or record['name']}"
 
 
-def _summary(record: Record, heads: tuple[Layer, ...], neurons: tuple[Layer, ...]) -> str:
+def _tokens(edits: list[Record]) -> tuple[Layer, ...]:
+    """Tokens that leave each layer, of those there were, where an edit eliminates them."""
+    for edit in edits:
+        if edit.get("type") == "drop_tokens":
+            kept = counts([edit["tokens"]], shares(edit["profile"], edit["alpha"], edit["least"]), edit["protected"])
+            return tuple(Layer(str(i), row[0], edit["tokens"]) for i, row in enumerate(kept))
+    return ()
+
+
+def _summary(record: Record, heads: tuple[Layer, ...], neurons: tuple[Layer, ...], tokens: tuple[Layer, ...]) -> str:
     kept = [
         f"{sum(layer.kept for layer in layers):,} of {sum(layer.units for layer in layers):,} {what}"
         for layers, what in ((heads, "attention heads"), (neurons, "neurons"))
         if layers
     ]
+    if tokens:
+        kept.append(f"{tokens[-1].kept:,} of {tokens[-1].units:,} tokens in the last layer")
     task, budget = record["task"], record["budget"].get("text", "")
     made = f"{str(record['method'].get('name', '')).upper()} kept {' and '.join(kept)}" if kept else str(record["name"])
     examples = f", {task['examples']:,} examples" if isinstance(task.get("examples"), int) else ""

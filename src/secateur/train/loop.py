@@ -1,19 +1,16 @@
-"""Fine-tuning with transformers' `Trainer`: length buckets, checkpoints that survive a kill, an atomic result."""
+"""Training with transformers' `Trainer`: length buckets, and checkpoints that survive a kill."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -25,24 +22,21 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
-from secateur.errors import InvalidModel, SecateurError
-from secateur.hub import save_folder, write_model
+from secateur.errors import InvalidModel
 from secateur.progress import Advance
 from secateur.progress import progress as show_progress
 from secateur.tasks.batching import BucketSampler, Encoded, encode, token_limit
-from secateur.tasks.heads import open_base
-from secateur.tasks.task import Task, fingerprint
+from secateur.tasks.task import Task
+from secateur.train.losses import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_MULTIPLE = 8  # finer than for evaluation: a step costs so much that padding outweighs new shapes
 COMPLETE = "complete"  # written into a checkpoint after everything else
-RECORD = "finetune.json"
 
 
 @dataclass(frozen=True)
@@ -72,90 +66,52 @@ class Settings:
     bf16: bool
 
 
-def finetune(
-    model: str | Path | PreTrainedModel,
-    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    out: str | Path,
+    folder: Path,
+    settings: Settings,
     *,
-    epochs: int = 3,
-    lr: float = 5e-5,
-    batch_size: int = 32,
-    max_length: int = 128,
-    warmup: float = 0.06,
-    weight_decay: float = 0.01,
-    seed: int = 0,
-    dropout: float | None = None,
-    bf16: bool | Literal["auto"] = "auto",
-    resume: bool = False,
-    progress: bool = False,
-    checkpoint_seconds: float = 60.0,
+    objective: Objective | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Path:
-    """Fine-tune a model on a task and save it as a folder that `AutoModelForSequenceClassification` opens.
-
-    Checkpoints live in `<out>.run` beside the result until it is complete; a run that was killed goes on from the last
-    one with `resume=True` and ends in the same weights, bit for bit at the same number of threads.
+    progress: bool = False,
+    seconds: float = 60.0,
+) -> None:
+    """Train a live model in place on a task's training rows, and leave it in evaluation mode.
 
     Args:
-        model: folder, hub id, or a live model, which is trained in place; it gets a new head unless it has one that
-            fits.
-        tokenizer: of the model; read from the model's folder if None.
+        model: a model with a head that fits the task.
+        tokenizer: of the model.
         task: needs training rows.
-        out: the folder to make; it must not exist, or be empty.
-        epochs: passes over the training rows.
-        lr: peak learning rate.
-        batch_size: examples per step.
-        max_length: tokens beyond this are cut off.
-        warmup: share of the steps over which the learning rate rises.
-        weight_decay: of AdamW.
-        seed: of the new head, the order of the rows and dropout.
-        dropout: share of activations set to zero; None keeps the model's. 0 trains a quarter faster on a CPU.
-        bf16: bfloat16 autocast; `"auto"` uses it where the hardware multiplies in it.
-        resume: go on from the checkpoints of a killed run with the same settings; from the start if there are none.
-        progress: show progress on standard error.
-        checkpoint_seconds: time between checkpoints.
+        folder: where checkpoints are kept, and looked for: training goes on from the newest whole one.
+        settings: what decides the result.
+        objective: the loss; the model's own if None.
         callbacks: more callbacks for the `Trainer`.
-
-    Returns:
-        `out`.
+        progress: show progress on standard error.
+        seconds: time between checkpoints.
 
     Raises:
         InvalidData: if the task has no training rows.
-        InvalidModel: if the model cannot be opened, or the loss is not finite.
-        SecateurError: if `out` is taken, or `resume` finds a run with other settings.
+        InvalidModel: if the loss is not finite.
     """
-    out = Path(out)
-    use_bf16 = bf16_pays() if bf16 == "auto" else bf16
-    settings = Settings(epochs, lr, batch_size, max_length, warmup, weight_decay, seed, dropout, use_bf16)
-    task.split("train")
-    set_seed(seed)
-    with _quiet():
-        net, tokens = open_base(model, tokenizer, task)
-    record = {"settings": asdict(settings), "data": fingerprint(task), "start": _weights_hash(net)}
-    folder = out.with_name(out.name + ".run")
-    if _finished(out, record, resume):
-        return out
-    _prepare_run(folder, record, resume)
-    rows = encode(task, "train", tokens, max_length=min(max_length, token_limit(tokens, net)))
+    rows = encode(task, "train", tokenizer, max_length=min(settings.max_length, token_limit(tokenizer, model)))
     trainer = BucketTrainer(
-        model=net,
+        model=model,
         args=_arguments(folder, settings),
         train_dataset=_Rows(rows),
-        callbacks=[_Checkpoints(checkpoint_seconds), *callbacks],
+        callbacks=[_Checkpoints(seconds), *callbacks],
+        objective=objective,
     )
     trainer.remove_callback(PrinterCallback)  # it writes to standard output
     start = last_checkpoint(folder)
-    steps = -(-len(rows) // batch_size) * epochs
-    with _quiet(), show_progress(f"fine-tuning on {task.name}", steps, show=progress) as advance:
+    steps = -(-len(rows) // settings.batch_size) * settings.epochs
+    with quiet(), show_progress(f"fine-tuning on {task.name}", steps, show=progress) as advance:
         trainer.add_callback(_Progress(advance))
-        with _dropout(net, dropout):
+        with _dropout(model, settings.dropout):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-        _check_finite(net)
-        net.eval()
-        _save(net, tokens, out, record)
-    shutil.rmtree(folder)
-    return out
+    _check_finite(model)
+    model.eval()
 
 
 def bf16_pays() -> bool:
@@ -173,7 +129,23 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 class BucketTrainer(Trainer):
-    """A `Trainer` whose batches hold examples of like length. The training set must be an encoded split's rows."""
+    """A `Trainer` whose batches hold examples of like length. The training set must be an encoded split's rows.
+
+    Args:
+        objective: the loss; the model's own if None.
+    """
+
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective: Objective | None = objective
+        if objective is not None:
+            self.loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the objective's loss, or the model's own."""
+        if self.objective is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return self.objective(model, inputs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of an epoch; their order depends on the seed and the epoch alone."""
@@ -266,45 +238,6 @@ def _arguments(folder: Path, settings: Settings) -> TrainingArguments:
     )
 
 
-def _weights_hash(model: PreTrainedModel) -> str:
-    """Return a hash of the weights at the start, head included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _finished(out: Path, record: dict[str, Any], resume: bool) -> bool:
-    """Return whether `out` already is the result asked for; refuse to write over anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    path = out / RECORD
-    if resume and path.is_file() and json.loads(path.read_text()) == record:
-        return True
-    raise SecateurError(f"{out} already exists: remove it, or write to another folder")
-
-
-def _prepare_run(folder: Path, record: dict[str, Any], resume: bool) -> None:
-    """Make the run folder, or check that the one there belongs to the same run."""
-    path = folder / RECORD
-    if resume and path.is_file():
-        if json.loads(path.read_text()) != record:
-            raise SecateurError(
-                f"{folder} holds a run with other settings, data or weights: use the same, or start anew without resume"
-            )
-        for checkpoint in folder.glob("checkpoint-*"):
-            if not (checkpoint / COMPLETE).exists():  # a kill came while it was written
-                shutil.rmtree(checkpoint)
-        return
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(record))
-    os.replace(partial, path)
-
-
 @contextmanager
 def _dropout(model: nn.Module, share: float | None) -> Iterator[None]:
     """Change the dropout of a live model for a while."""
@@ -324,21 +257,8 @@ def _check_finite(model: PreTrainedModel) -> None:
             raise InvalidModel(f"training diverged ({name} is not finite): lower lr, or turn bf16 off")
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, record: dict[str, Any]) -> None:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # else the last call's truncation would be stored in tokenizer.json
-        backend.no_truncation()
-        backend.no_padding()
-
-    def write(folder: Path) -> None:
-        write_model(folder, model, tokenizer)
-        (folder / RECORD).write_text(json.dumps(record))
-
-    save_folder(out, write)
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Turn transformers' bars and its warning of a new head off."""
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

@@ -1,0 +1,292 @@
+"""`DropTokens`: layers hand on fewer tokens, as many as a dial says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, get_args
+
+from torch import Tensor, nn
+
+from secateur.costs.budget import Budget
+from secateur.costs.dial import alpha_for_latency
+from secateur.costs.tokens import TokenCosts, token_costs
+from secateur.errors import InvalidData, InvalidModel, SecateurError, UnsupportedModel
+from secateur.families import sites
+from secateur.tokens import handover
+from secateur.tokens.scores import Weighting, shares
+from secateur.tokens.state import Pass, Selection
+
+ATTRIBUTE = "secateur"
+"""The attribute of a model that holds its dial."""
+
+
+@dataclass(frozen=True)
+class DropTokens:
+    """Eliminate tokens between attention and feed-forward block of each layer, by a profile and a dial.
+
+    Attributes:
+        profile: m_l of each layer (`tokens.scores.profile`).
+        tokens: length at which a speed-up counts.
+        alpha: dial setting that the model opens with; 0 is the dense model.
+        weighting, diagonal, beta: how tokens are scored (`tokens.state.Selection`).
+        least: floor of the share of tokens that a layer hands on.
+        protected: tokens at the beginning that always stay.
+    """
+
+    profile: tuple[float, ...]
+    tokens: int = 128
+    alpha: float = 0.0
+    weighting: Weighting = "attention"
+    diagonal: bool = True
+    beta: float = 0.0
+    least: float = 0.02
+    protected: int = 1
+
+    type: ClassVar[str] = "drop_tokens"
+
+    def __post_init__(self) -> None:
+        falling = all(0 < b <= a <= 1 for a, b in zip((1.0, *self.profile), self.profile, strict=False))
+        if not self.profile or not falling:
+            raise SecateurError("The elimination profile has a share in (0, 1] for each layer, never rising.")
+        if self.weighting not in get_args(Weighting):
+            raise SecateurError(f"weighting is {' or '.join(get_args(Weighting))}, not {self.weighting!r}.")
+        if not (self.alpha >= 0 and math.isfinite(self.alpha) and 0 <= self.beta < 1 and 0 < self.least <= 1):
+            raise SecateurError("alpha is a number from 0, beta lies in [0, 1), least in (0, 1].")
+        if self.tokens < 1 or self.protected < 1:
+            raise SecateurError("tokens and protected are whole numbers from 1.")
+
+    @property
+    def changes_shapes(self) -> bool:
+        """No tensor changes."""
+        return False
+
+    @property
+    def selection(self) -> Selection:
+        """How tokens are chosen."""
+        return Selection(self.weighting, self.diagonal, self.beta, self.protected)
+
+    def apply(self, model: nn.Module, *, empty: bool = False) -> None:
+        """Put the hooks and the dial (`model.secateur`) into a model, in place.
+
+        Args:
+            model: an encoder that no other `DropTokens` is in.
+            empty: accepted for the protocol; no tensor is touched.
+
+        Raises:
+            UnsupportedModel: a family whose tokens cannot be eliminated, or whose attention cannot be scored this way.
+            SecateurError: the profile has another number of layers, or the model has a dial already.
+        """
+        found = sites(model)
+        spec = handover.token_spec(found)
+        if hasattr(model, ATTRIBUTE):
+            raise SecateurError("This model eliminates tokens already: set model.secateur.speedup.")
+        if len(self.profile) != len(found.neurons):
+            raise SecateurError(f"The profile has {len(self.profile)} layers, the model {len(found.neurons)}.")
+        if spec.probabilities and self.weighting == "value":
+            raise UnsupportedModel(f"'{found.family.name}' models score tokens by attention alone: use 'attention'.")
+        dial = Dial(model, self)
+        handover.install(model, dial.begin)
+        setattr(model, ATTRIBUTE, dial)
+
+    def present(self, model: nn.Module) -> DropTokens:
+        """The edit with the dial where it stands now."""
+        return dial_of(model).edit
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type, **asdict(self), "profile": list(self.profile)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DropTokens:
+        """Inverse of `to_dict`.
+
+        Raises:
+            InvalidModel: unknown or missing keys, or values that cannot be read.
+        """
+        values = {key: value for key, value in data.items() if key != "type"}
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            wrong = sorted(set(values) ^ known)
+            raise InvalidModel(f"config.json: the drop_tokens edit has unknown or missing keys: {', '.join(wrong)}.")
+        try:
+            return cls(**{**values, "profile": tuple(map(float, values["profile"]))})
+        except (SecateurError, TypeError, ValueError) as error:
+            raise InvalidModel(f"config.json: the drop_tokens edit cannot be read: {error}") from None
+
+
+class Dial:
+    """Speed-up of a model at run time, without further training: `model.secateur`.
+
+    Attributes:
+        packed: run without padding between the first layer and the last; None does so where the family can.
+        selection: how tokens are chosen.
+    """
+
+    def __init__(self, model: nn.Module, edit: DropTokens) -> None:
+        self._edit = edit
+        self._costs: TokenCosts | None = None
+        self._model = model
+        self._can_pack = handover.packs(model)
+        self._watch: Callable[[Pass], None] | None = None
+        self.packed: bool | None = None
+        self.selection = edit.selection
+        self.alpha = edit.alpha
+
+    @property
+    def alpha(self) -> float:
+        """The exponent α on the profile: 0 is the dense model, larger is faster."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        if not (value >= 0 and math.isfinite(value)):
+            raise SecateurError(f"alpha is a number from 0 (the dense model) upwards, not {value}.")
+        self._alpha = float(value)
+        self._latency_budget: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Length at which a speed-up counts."""
+        return self._edit.tokens
+
+    @property
+    def profile(self) -> tuple[float, ...]:
+        """m_l of each layer."""
+        return self._edit.profile
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of its tokens that each layer hands on at the present setting."""
+        return shares(self._edit.profile, self.alpha, self._edit.least)
+
+    @property
+    def costs(self) -> TokenCosts:
+        """MACs of the layers."""
+        if self._costs is None:
+            with self.dense():
+                self._costs = token_costs(self._model)
+        return self._costs
+
+    @property
+    def speedup(self) -> float:
+        """MACs of the dense layers over those with elimination, for one example of `tokens` tokens."""
+        return self.speedup_at(self.alpha)
+
+    @speedup.setter
+    def speedup(self, value: float) -> None:
+        self.alpha = self.alpha_for(value)
+
+    def speedup_at(self, alpha: float, tokens: int | None = None) -> float:
+        """The speed-up of a setting at a length."""
+        edit = self._edit
+        return self.costs.at(edit.profile, alpha, tokens or edit.tokens, edit.least, edit.protected)
+
+    def alpha_for(self, speedup: float, tokens: int | None = None) -> float:
+        """The setting for a wanted speed-up at a length.
+
+        Raises:
+            SecateurError: below 1.
+            InvalidBudget: beyond reach.
+        """
+        edit = self._edit
+        return self.costs.solve(edit.profile, speedup, tokens or edit.tokens, edit.least, edit.protected)
+
+    @property
+    def reach(self) -> float:
+        """The largest speed-up."""
+        return self.speedup_at(1e6)
+
+    @property
+    def latency_budget(self) -> float | None:
+        """Milliseconds that were asked for one example of `tokens` tokens here; None if a speed-up was."""
+        return self._latency_budget
+
+    @latency_budget.setter
+    def latency_budget(self, wanted: str | float) -> None:
+        text = f"{wanted}ms" if isinstance(wanted, (int, float)) else wanted
+        milliseconds = Budget.parse(f"latency<={text}").terms[0].limit(0)
+        self.alpha = alpha_for_latency(self._model, self, milliseconds, 1, self.tokens)
+        self._latency_budget = milliseconds
+
+    @property
+    def edit(self) -> DropTokens:
+        """The edit with the present setting, as it is saved."""
+        return replace(self._edit, alpha=self.alpha)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """The dense model within the context."""
+        before, self._alpha = self._alpha, 0.0
+        try:
+            yield
+        finally:
+            self._alpha = before
+
+    @contextmanager
+    def watch(self, seen: Callable[[Pass], None]) -> Iterator[None]:
+        """The dense model within the context, scoring its tokens in every layer.
+
+        Args:
+            seen: called with each pass at its beginning; after it, `Pass.seen` holds the scores by layer.
+        """
+        self._watch = seen
+        try:
+            yield
+        finally:
+            self._watch = None
+
+    def begin(self, real: Tensor) -> Pass | None:
+        """Begin a forward pass: None for the dense model.
+
+        Args:
+            real: True for real tokens, (batch, tokens).
+
+        Raises:
+            InvalidData: an example without a single real token.
+        """
+        if self._watch is None and self.alpha == 0:
+            return None
+        if not bool(real.any(dim=-1).all()):
+            row = int((~real.any(dim=-1)).nonzero()[0])
+            raise InvalidData(f"Row {row} of the attention_mask has no real token: give each text at least one.")
+        packed = self._can_pack if self.packed is None else self.packed
+        if packed and not self._can_pack:
+            raise UnsupportedModel("This family's attention cannot run packed: set model.secateur.packed = False.")
+        now = Pass(real, None if self._watch is not None else self.shares, self.selection, packed)
+        if self._watch is not None:
+            self._watch(now)
+        return now
+
+
+def dial_of(model: nn.Module) -> Dial:
+    """The dial of a model.
+
+    Raises:
+        SecateurError: it has none.
+    """
+    dial = getattr(model, ATTRIBUTE, None)
+    if not isinstance(dial, Dial):
+        raise SecateurError("This model has no dial: compress it with the method 'late' first.")
+    return dial
+
+
+@contextmanager
+def turned_to(model: nn.Module, speedup: float | None) -> Iterator[None]:
+    """The model's dial at a speed-up within the context; None leaves it where it stands.
+
+    Raises:
+        SecateurError: the model has no dial, or the speed-up is below 1.
+        InvalidBudget: it is beyond reach.
+    """
+    if speedup is None:
+        yield
+        return
+    dial = dial_of(model)
+    before = dial.alpha
+    dial.speedup = speedup
+    try:
+        yield
+    finally:
+        dial.alpha = before

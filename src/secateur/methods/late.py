@@ -1,0 +1,217 @@
+"""LATE: token elimination with a latency dial (Kachuee & Sharifkhani, arXiv 2201.03327)."""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from secateur import hub
+from secateur.costs.analytic import macs, params
+from secateur.costs.budget import Term
+from secateur.costs.dial import alpha_for_latency
+from secateur.edits import DropTokens
+from secateur.edits.tokens import Dial, dial_of
+from secateur.errors import InvalidBudget, SecateurError
+from secateur.families import sites
+from secateur.run import Job, Outcome, check_fields
+from secateur.subnetwork import SubNetwork
+from secateur.tokens.scores import Acc, Weighting, context_size, profile
+from secateur.tokens.state import Pass
+from secateur.train import Settings, bf16_pays, distilled, fit
+
+
+@dataclass
+class Late:
+    """Hyper-parameters of LATE: ACC is measured, then the model learns to work with fewer tokens per layer.
+
+    Attributes:
+        train_speedup: K at the end of the ramp.
+        epochs, lr, batch_size: of the training with elimination.
+        ramp: share of the steps over which the dial rises from 0 to its setting for `train_speedup`.
+        sandwich: after the ramp, half the steps draw the setting between dense and `train_speedup` and a quarter takes
+            each end, so that the whole range of the dial is learned; else every step takes `train_speedup`.
+        distill: weight of the distance to the dense model's outputs in the loss, from 0 to 1.
+        acc: what is measured: "mass", "participation", "entropy" or "count" (`tokens.scores.context_size`).
+        rho: ρ of "mass".
+        tau: τ of "count".
+        weighting: tokens are scored by the "attention" they get, or by its product with the size of their "value".
+        diagonal: count what a token pays to itself.
+        beta: weight of the layers before in the score, from 0 to below 1.
+        least: floor of the share of tokens that a layer hands on.
+        protected: tokens at the beginning that always stay.
+        examples: training rows that ACC is measured on.
+        max_length: tokens beyond this are cut off in training.
+        dropout: share of activations set to zero in training; none keeps the model's.
+    """
+
+    train_speedup: float = 3.0
+    epochs: int = 3
+    lr: float = 3e-5
+    batch_size: int = 32
+    ramp: float = 0.3
+    sandwich: bool = True
+    distill: float = 0.5
+    acc: Acc = "mass"
+    rho: float = 0.95
+    tau: float = 0.5
+    weighting: Weighting = "attention"
+    diagonal: bool = True
+    beta: float = 0.0
+    least: float = 0.02
+    protected: int = 1
+    examples: int = 1024
+    max_length: int = 128
+    dropout: float | None = None
+
+    name: ClassVar[str] = "late"
+    budgets: ClassVar[frozenset[str]] = frozenset({"speedup", "macs", "latency"})
+    usual_budget: ClassVar[str] = "speedup>=2"
+    cuts_units: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.train_speedup <= 1:
+            raise SecateurError(f"late: train_speedup is above 1, not {self.train_speedup:g}.")
+        for name in ("ramp", "distill", "beta", "rho"):
+            if getattr(self, name) > 1:
+                raise SecateurError(f"late: {name} is a share, from 0 to 1, not {getattr(self, name):g}.")
+
+    def run(self, job: Job) -> Outcome:
+        """Measure ACC, train with elimination, set the dial to the budget."""
+        model = copy.deepcopy(job.model)
+        self._edit((1.0,) * layers_of(model), job).apply(model)
+        acc = job.run.record("acc", lambda: self.measure(model, job))
+        model = copy.deepcopy(job.model)
+        edit = self._edit(profile(acc), job)
+        edit.apply(model)
+        dial = dial_of(model)
+        goal = dial.alpha_for(self.train_speedup)
+        asked = job.run.record("setting", lambda: setting_for(job, model))  # refused, if so, before the long part
+        trained = job.run.tensors("train", lambda: self._train(model, job, goal))
+        model.load_state_dict(trained)
+        dial.alpha = asked
+        hub.attach(model.eval(), [edit])
+        full = SubNetwork.full(model)
+        counted = {"macs": macs(model, job.batch, job.tokens).of(full), "params": params(model).of(full)}
+        return Outcome(model, [dial.edit], full, predicted=counted)
+
+    def _edit(self, m: tuple[float, ...], job: Job) -> DropTokens:
+        return DropTokens(m, job.tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected)
+
+    def measure(self, model: PreTrainedModel, job: Job) -> list[float]:
+        """ACC of each layer of the dense model: the mean over training examples; 1 where a layer has no attention."""
+        dial = dial_of(model)
+        passes: list[Pass] = []
+        found: dict[int, list[Tensor]] = {}
+        data = job.calibration(-(-self.examples // self.batch_size), self.batch_size)
+        with dial.watch(passes.append), torch.inference_mode():
+            for batch in data:
+                model.eval()(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+                for layer, score in passes.pop().seen.items():
+                    size = context_size(score, self.acc, rho=self.rho, tau=self.tau)
+                    found.setdefault(layer, []).append(size.cpu())
+        return [float(torch.cat(found[i]).mean()) if i in found else 1.0 for i in range(len(dial.profile))]
+
+    def _train(self, model: PreTrainedModel, job: Job, goal: float) -> dict[str, Tensor]:
+        """Weights after training with elimination, up to the setting `goal`."""
+        settings = Settings(
+            self.epochs,
+            self.lr,
+            self.batch_size,
+            self.max_length,
+            warmup=0.1,
+            weight_decay=0.01,
+            seed=job.seed,
+            dropout=self.dropout,
+            bf16=bf16_pays(),
+        )
+        turning = Turning(dial_of(model), goal, self.ramp, self.sandwich, job.seed)
+        objective = distilled(copy.deepcopy(job.model), self.distill) if self.distill else None
+        set_seed(job.seed)
+        with tempfile.TemporaryDirectory() as spare:
+            folder = Path(spare) if job.run.folder is None else job.run.folder / "training"
+            fit(
+                model,
+                job.tokenizer,
+                job.task,
+                folder,
+                settings,
+                objective=objective,
+                callbacks=[turning],
+                progress=job.show,
+            )
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+class Turning(TrainerCallback):
+    """Turns the dial during training, in the same way after a resume: a ramp, then a goal or a range.
+
+    Args:
+        dial: of the model in training.
+        goal: the setting to reach.
+        ramp: share of the steps until then.
+        sandwich: after the ramp, draw settings from the whole range.
+        seed: of the draws.
+    """
+
+    def __init__(self, dial: Dial, goal: float, ramp: float, sandwich: bool, seed: int) -> None:
+        self.dial = dial
+        self.goal = goal
+        self.ramp = ramp
+        self.sandwich = sandwich
+        self.seed = seed
+
+    def alpha(self, step: int, steps: int) -> float:
+        """The setting at a step, counted from 0."""
+        top = self.goal * min(1.0, step / max(1.0, self.ramp * steps))
+        if not self.sandwich or step < self.ramp * steps:
+            return top
+        draw = random.Random(f"{self.seed}/{step}")
+        kind = draw.random()
+        if kind < 0.5:
+            return draw.uniform(0, self.goal)
+        return 0.0 if kind < 0.75 else self.goal
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Turn the dial."""
+        self.dial.alpha = self.alpha(state.global_step, state.max_steps)
+
+
+def layers_of(model: PreTrainedModel) -> int:
+    """Layers of an encoder."""
+    return len(sites(model).neurons)
+
+
+def setting_for(job: Job, model: PreTrainedModel) -> float:
+    """The smallest setting of the dial that meets every constraint.
+
+    Raises:
+        InvalidBudget: a constraint is beyond reach.
+    """
+    dial = dial_of(model)
+    found = 0.0
+    with dial.dense():
+        dense = macs(model, job.batch, job.tokens).of(SubNetwork.full(model)) / job.batch
+    layers = dial.costs.macs(job.tokens, [job.tokens] * len(dial.profile))
+    for constraint in job.constraints:
+        if constraint.kind == "latency":
+            found = max(found, alpha_for_latency(model, dial, constraint.limit, job.batch, job.tokens))
+            continue
+        left = constraint.limit / job.batch - (dense - layers)
+        if left <= 0 or layers / left > dial.reach:
+            nearest = (dense - layers + layers / dial.reach) * job.batch
+            term = constraint.term or Term(constraint.kind, constraint.limit, "")
+            raise InvalidBudget(
+                f"{term} is beyond reach by eliminating tokens. At {job.tokens} tokens the nearest feasible budget is "
+                f"{term.at_least(nearest, dense * job.batch)}."
+            )
+        found = max(found, dial.alpha_for(max(1.0, layers / left)))
+    return found

@@ -1,0 +1,136 @@
+"""Attention over the tokens that are left, padded or packed, which also scores them where a layer eliminates.
+
+It is registered with transformers under `NAME`; a model uses it through `AttentionConfig` while tokens are being
+eliminated, and its own attention at all other times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from secateur.tokens.state import CURRENT, Pass, current
+
+NAME = "secateur"
+
+
+class AttentionConfig:
+    """A view of a model's config, for its attention modules: it names our attention while tokens are eliminated."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    @property
+    def _attn_implementation(self) -> Any:
+        return NAME if CURRENT.get() is not None else self._config._attn_implementation
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # copying and pickling look for these before there is a config
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it; the mask that comes with the call is ignored.
+
+    Args:
+        module: the attention module.
+        query: (batch, heads, width, head width), or (1, heads, Σ lengths, head width) when packed.
+        key: as the query; fewer heads are shared between groups of query heads.
+        value: as the key.
+        attention_mask: not used: the current pass knows which tokens are there.
+        dropout: share of probabilities set to zero.
+        scaling: of the logits; 1/√(head width) if None.
+        sliding_window: tokens attend to tokens whose distance in the input is below it.
+        kwargs: not used.
+
+    Returns:
+        (batch, width, heads, head width), and None for the probabilities.
+    """
+    now = current()
+    layout = now.layout
+    if not layout.packed:
+        mask = _mask(layout.valid if layout.ragged else None, layout.slots, sliding_window)
+        real = layout.valid if now.scoring else None
+        context, score = _block(query, key, value, mask, real, now, scaling, dropout)
+        if score is not None:
+            now.observe(score)
+        return context, None
+    slots = layout.pack(layout.slots) if sliding_window is not None else None
+    contexts, scores = [], []
+    for group in layout.groups:
+        q, k, v = (_grouped(part, group.index, group.shape) for part in (query, key, value))
+        places = slots[group.index].view(group.shape) if slots is not None else None
+        mask = _mask(group.valid if group.ragged else None, places, sliding_window)
+        context, score = _block(q, k, v, mask, group.valid if now.scoring else None, now, scaling, dropout)
+        contexts.append(context.flatten(0, 1).index_select(0, group.rows))
+        if score is not None:
+            scores.append(score.flatten().index_select(0, group.rows))
+    back = layout.from_groups
+    if now.scoring:
+        now.observe(layout.pad(torch.cat(scores).index_select(0, back), -torch.inf))
+    return torch.cat(contexts).index_select(0, back)[None], None
+
+
+def _grouped(packed: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(1, heads, Σ lengths, d) → (sequences, heads, longest, d)."""
+    heads, d = packed.shape[1], packed.shape[3]
+    return packed[0].index_select(1, index).view(heads, *shape, d).transpose(0, 1)
+
+
+def _mask(valid: Tensor | None, slots: Tensor | None, window: int | None) -> Tensor | None:
+    """(batch, 1, 1 or queries, keys) True where a query may look; None if everywhere."""
+    mask = None if valid is None else valid[:, None, None, :]
+    if window is None or slots is None:
+        return mask
+    near = (slots[:, :, None] - slots[:, None, :]).abs() < window
+    itself = torch.eye(slots.shape[1], dtype=torch.bool, device=slots.device)  # padding must look at something
+    return near[:, None] if mask is None else (near[:, None] & mask) | itself
+
+
+def _block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    real: Tensor | None,
+    now: Pass,
+    scaling: float | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a padded block; with `real`, the probabilities are written out and scored, else fused.
+
+    Returns:
+        (batch, queries, heads, head width), and the score (batch, keys).
+    """
+    groups = query.shape[1] // max(key.shape[1], 1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if real is None:
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+        return context.transpose(1, 2), None
+    logits = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    probabilities = logits.softmax(dim=-1)
+    score = now.score(probabilities, real, value)
+    context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
+    return context.transpose(1, 2), score
+
+
+AttentionInterface.register(NAME, attention)

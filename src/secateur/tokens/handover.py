@@ -1,0 +1,240 @@
+"""Elimination in a live model: hooks that shorten the hidden states between the layers, and give them back whole.
+
+No forward pass of a family is copied. The hooks do nothing, and cost next to nothing, while the dial stands at 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InvalidData, UnsupportedModel
+from secateur.families import FAMILIES, Sites, sites
+from secateur.tokens.attention import AttentionConfig
+from secateur.tokens.specs import TOKEN_SPECS, Carried, TokenSpec
+from secateur.tokens.state import CURRENT, Pass
+
+Begin = Callable[[Tensor], Pass | None]
+"""Given the real tokens of a batch, (batch, tokens), the pass to run; None for the dense model."""
+
+
+def token_spec(found: Sites) -> TokenSpec:
+    """How a model hands tokens on.
+
+    Raises:
+        UnsupportedModel: a family whose tokens cannot be eliminated.
+    """
+    spec = TOKEN_SPECS.get(found.family.name)
+    if spec is None:
+        raise UnsupportedModel(
+            f"Tokens of '{found.family.name}' models cannot be eliminated: use one of {', '.join(TOKEN_SPECS)}."
+        )
+    return spec
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether a model's attention can run without padding (it goes through transformers' attention interface)."""
+    return not token_spec(sites(model)).probabilities
+
+
+def install(model: nn.Module, begin: Begin) -> None:
+    """Put the hooks into a model, in place.
+
+    Args:
+        model: an encoder of a family in `TOKEN_SPECS`.
+        begin: called at the start of each forward pass.
+
+    Raises:
+        UnsupportedModel: a family whose tokens cannot be eliminated.
+    """
+    found = sites(model)
+    spec = token_spec(found)
+    base = getattr(model, "base_model", model)
+    base.register_forward_pre_hook(_Enter(base, begin), with_kwargs=True)
+    base.register_forward_hook(_Leave(), always_call=True)
+    layers = list(base.get_submodule(FAMILIES[found.family.name].stacks[0].layers).children())
+    heads = {site.layer: site for site in found.heads}
+    for index, layer in enumerate(layers):
+        attention = heads[index].module
+        if spec.probabilities:
+            layer.get_submodule(spec.probabilities).register_forward_pre_hook(_Watch())
+        else:
+            attention.config = AttentionConfig(attention.config)  # type: ignore[assignment]
+        layer.register_forward_pre_hook(_Begin(layer, index, spec, attention), with_kwargs=True)
+        if spec.residual:
+            layer.get_submodule(spec.residual).register_forward_hook(_Shorten())
+        else:
+            layer.get_submodule(spec.ffn_norm).register_forward_hook(_ShortenNorm())
+            layer.get_submodule(spec.ffn).register_forward_hook(_Spread())
+            layer.register_forward_hook(_ShortenLayer())
+    layers[-1].register_forward_hook(_End())
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's forward pass, in order."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name."""
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+class _Enter:
+    """Before the model: begin a pass."""
+
+    def __init__(self, base: nn.Module, begin: Begin) -> None:
+        self.names = _parameters(base)
+        self.begin = begin
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _named(self.names, args, kwargs)
+        mask, inputs = given.get("attention_mask"), given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            return  # the model's own error is clearer
+        if mask is not None and mask.dim() != 2:
+            raise InvalidData("Token elimination reads an attention_mask of shape (batch, tokens).")
+        real = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        CURRENT.set(self.begin(real))
+
+
+class _Leave:
+    """After the model, also after an error: the pass is over."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        CURRENT.set(None)
+
+
+class _Begin:
+    """Before a layer: hidden states in the layout's form, and everything else cut along with them."""
+
+    def __init__(self, layer: nn.Module, index: int, spec: TokenSpec, attention: nn.Module) -> None:
+        self.names = _parameters(layer)
+        self.index = index
+        self.spec = spec
+        self.attention = attention
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        now = CURRENT.get()
+        if now is None:
+            return None
+        given = _named(self.names, args, kwargs)
+        if self.index == 0:
+            given["hidden_states"] = now.begin(given["hidden_states"])
+        now.enter(self.index)
+        for name, kind in self.spec.carried:
+            if given.get(name) is not None:
+                given[name] = _CUT[kind](given[name], now, self.attention)
+        given["attention_mask"] = _padding_mask(self.spec, now, given["hidden_states"])
+        return (), given
+
+
+class _Watch:
+    """Before the dropout on attention's probabilities: score the tokens."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        now = CURRENT.get()
+        if now is not None and now.scoring:
+            now.observe(now.score(args[0], now.layout.valid, None))
+
+
+class _Shorten:
+    """After attention (post-norm): only the chosen tokens go on."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        now = CURRENT.get()
+        if now is None:
+            return None
+        now.choose()
+        return _first(output, now.shorten)
+
+
+class _ShortenNorm:
+    """After the norm before a pre-norm feed-forward block: the block reads the chosen tokens only."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        now = CURRENT.get()
+        if now is None:
+            return None
+        now.choose()
+        return now.shorten(output, aside=False)
+
+
+class _Spread:
+    """After a pre-norm feed-forward block: its output back at the places of the residual stream."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        now = CURRENT.get()
+        return None if now is None else now.spread(output)
+
+
+class _ShortenLayer:
+    """After a pre-norm layer: the residual stream of the chosen tokens."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        now = CURRENT.get()
+        return None if now is None else _first(output, now.shorten)
+
+
+class _End:
+    """After the last layer: every token at its place again."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        now = CURRENT.get()
+        return None if now is None else _first(output, now.restore)
+
+
+def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the hidden states that a module returns, alone or first in a tuple."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def _padding_mask(spec: TokenSpec, now: Pass, hidden: Tensor) -> Tensor | None:
+    """The attention mask that a layer gets: none where our attention makes its own."""
+    if not spec.probabilities:
+        return None
+    valid = now.layout.valid
+    if ("relative_pos", "pair_index") in spec.carried:  # DeBERTa multiplies queries and keys
+        return valid[:, None, None, :] & valid[:, None, :, None]
+    return torch.zeros_like(valid, dtype=hidden.dtype).masked_fill(~valid, torch.finfo(hidden.dtype).min)[:, None, None]
+
+
+def _cut_rotary(value: tuple[Tensor, Tensor], now: Pass, attention: nn.Module) -> tuple[Tensor, Tensor]:
+    def pick(table: Tensor) -> Tensor:
+        slots = now.layout.slots
+        full = table.expand(len(slots), -1, -1)
+        padded = full.gather(1, slots[..., None].expand(*slots.shape, table.shape[-1]))
+        return now.layout.pack(padded)[None] if now.layout.packed else padded
+
+    return pick(value[0]), pick(value[1])
+
+
+def _cut_pair_bias(value: Tensor, now: Pass, attention: nn.Module) -> Tensor:
+    """(1 or batch, heads, n, n) → (batch, heads, width, width)."""
+    slots = now.layout.slots
+    batch, width = slots.shape
+    rows = value.expand(batch, -1, -1, -1).gather(
+        2, slots[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])
+    )
+    return rows.gather(3, slots[:, None, None, :].expand(-1, value.shape[1], width, -1))
+
+
+def _cut_pair_index(value: Tensor, now: Pass, attention: nn.Module) -> Tensor:
+    """(1, n, n) → (1, batch × heads, width, width): DeBERTa takes a matrix for each example only in this form."""
+    slots = now.layout.slots
+    index = value[0][slots[:, :, None], slots[:, None, :]]
+    return index.repeat_interleave(int(attention.num_attention_heads), dim=0)[None]  # type: ignore[arg-type]
+
+
+_CUT: dict[Carried, Callable[[Any, Pass, nn.Module], Any]] = {
+    "rotary": _cut_rotary,
+    "pair_bias": _cut_pair_bias,
+    "pair_index": _cut_pair_index,
+}

@@ -1,0 +1,147 @@
+"""Which tokens the attention context uses, and how many: token scores, ACC, elimination profile.
+
+Pure functions on tensors. LATE's paper (Kachuee & Sharifkhani, arXiv 2201.03327) names the Attention Context
+Contribution (ACC) and the word-vector elimination profile without printing their formulas in what is public; the ones
+here satisfy what it states, and are named after what they compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+Acc = Literal["mass", "participation", "entropy", "count"]
+Weighting = Literal["attention", "value"]
+
+
+def column_attention(
+    probabilities: Tensor, real: Tensor, *, diagonal: bool = True, values: Tensor | None = None
+) -> Tensor:
+    """How much of the attention context each token supplies.
+
+    S_j = 1/(H·|q|) Σ_h Σ_{i real} A_h[i, j]: the mean attention that the real tokens pay to token j; uniform attention
+    gives 1/|q|. The query rows of padding are left out, since they would change the ranking.
+
+    Args:
+        probabilities: softmax of attention before dropout, (batch, heads, queries, keys).
+        real: True for real tokens, (batch, keys).
+        diagonal: count what a token pays to itself.
+        values: (batch, heads, keys, head width); given, each head's attention is weighted by ‖v_j‖, which makes S_j
+            the size of token j's contribution to the context. The scores are then scaled to a sum of 1.
+
+    Returns:
+        (batch, keys), detached, float32; -inf for padding.
+    """
+    attention = probabilities.detach().float()
+    queries = real.to(attention.dtype)
+    columns = (attention if bool(real.all()) else attention * queries[:, None, :, None]).sum(dim=2)
+    if not diagonal:
+        columns = columns - attention.diagonal(dim1=-2, dim2=-1) * queries[:, None]
+    if values is not None:
+        columns = columns * values.detach().float().norm(dim=-1)
+    total = columns.sum(dim=1)
+    if values is None:
+        score = total / (attention.shape[1] * queries.sum(dim=-1, keepdim=True).clamp_min(1))
+    else:
+        score = total / (total * queries).sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return score.masked_fill(~real, -math.inf)
+
+
+def smoothed(score: Tensor, before: Tensor | None, beta: float) -> Tensor:
+    """Exponential averaging over layers: S̄ˡ = β · renorm(S̄ˡ⁻¹ on the survivors) + (1 - β) · Sˡ.
+
+    Args:
+        score: Sˡ, (batch, tokens), -inf for padding.
+        before: S̄ˡ⁻¹ at the same tokens, or None in the first layer.
+        beta: weight of the layers before.
+    """
+    if before is None or beta == 0:
+        return score
+    real = score.isfinite()
+    kept = before.masked_fill(~real, 0)
+    kept = kept / kept.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+    return (beta * kept + (1 - beta) * score).masked_fill(~real, -math.inf)
+
+
+def context_size(score: Tensor, functional: Acc = "mass", *, rho: float = 0.95, tau: float = 0.5) -> Tensor:
+    """ACC of each example: the share of its tokens that the attention context really uses, in (0, 1].
+
+    With p the scores of the n real tokens, scaled to a sum of 1:
+
+    * mass: the smallest k whose k largest scores hold a share ρ of the sum, over n;
+    * participation: 1 / Σ p², over n;
+    * entropy: exp(-Σ p ln p), over n;
+    * count: the number of tokens with p ≥ τ/n, over n.
+
+    Args:
+        score: (batch, tokens), -inf for padding.
+        functional: one of the above.
+        rho: ρ, for mass.
+        tau: τ, for count.
+
+    Returns:
+        (batch,) float32.
+    """
+    real = score.isfinite()
+    n = real.sum(dim=-1).clamp_min(1).float()
+    p = score.masked_fill(~real, 0)
+    p = p / p.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if functional == "mass":
+        held = p.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+        used = (held < rho - 1e-6).sum(dim=-1) + 1.0
+        used = torch.minimum(used, n)
+    elif functional == "participation":
+        used = 1 / p.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    elif functional == "entropy":
+        used = torch.exp(torch.special.entr(p).sum(dim=-1))
+    elif functional == "count":
+        used = (real & (p >= tau / n[:, None])).sum(dim=-1).clamp_min(1).float()
+    else:
+        raise SecateurError(f"acc is one of {', '.join(get_args(Acc))}, not '{functional}'.")
+    return (used / n).clamp(max=1.0)
+
+
+def profile(acc: Sequence[float]) -> tuple[float, ...]:
+    """Elimination profile m: the running minimum of ACC over the layers, since tokens cannot come back."""
+    m, least = [], 1.0
+    for value in acc:
+        if not 0 < value <= 1:
+            raise SecateurError(f"ACC lies between 0 and 1, not at {value}.")
+        least = min(least, value)
+        m.append(least)
+    return tuple(m)
+
+
+def shares(m: Sequence[float], alpha: float, least: float = 0.02) -> tuple[float, ...]:
+    """Share of the tokens that each layer hands on: r_l = clip(m_l^α, least, 1); α = 0 is the dense model."""
+    if alpha < 0:
+        raise SecateurError(f"alpha is a number from 0 (dense) upwards, not {alpha}.")
+    return tuple(min(1.0, max(value**alpha, least)) for value in m)
+
+
+def counts(lengths: Sequence[int], kept: Sequence[float], protected: int = 1) -> list[list[int]]:
+    """Tokens that leave each layer: n_l = min(n_{l-1}, max(protected, ⌈r_l · n⌉)), for each example by itself.
+
+    Args:
+        lengths: real tokens n of each example.
+        kept: r_l of each layer.
+        protected: tokens that always stay.
+
+    Returns:
+        One list per layer, with one count per example.
+    """
+    found: list[list[int]] = []
+    last = list(lengths)
+    for share in kept:
+        # the tolerance keeps 0.7 × 10 at 7
+        last = [
+            min(before, max(protected, math.ceil(share * n - 1e-6))) for before, n in zip(last, lengths, strict=True)
+        ]
+        found.append(last)
+    return found

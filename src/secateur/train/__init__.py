@@ -1,0 +1,17 @@
+"""Training: the loop, its losses, and the verb `finetune`."""
+
+from secateur.train.finetuning import finetune
+from secateur.train.loop import BucketTrainer, Settings, bf16_pays, fit, last_checkpoint
+from secateur.train.losses import Objective, distilled, output_distance
+
+__all__ = [
+    "BucketTrainer",
+    "Objective",
+    "Settings",
+    "bf16_pays",
+    "distilled",
+    "finetune",
+    "fit",
+    "last_checkpoint",
+    "output_distance",
+]

@@ -1,0 +1,224 @@
+"""Contract of LATE: budget met, round trip, resume after a kill, the dial's verbs, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+import secateur
+from secateur.cli import app
+from secateur.costs.analytic import macs
+from secateur.edits.tokens import dial_of
+from secateur.errors import InvalidBudget, SecateurError
+from secateur.methods.late import Turning
+from secateur.subnetwork import SubNetwork
+from secateur.tokens.specs import TOKEN_SPECS
+from tests.conftest import tiny_model
+from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
+
+LATE: dict[str, Any] = dict(train_speedup=2.0, epochs=1, lr=1e-3, batch_size=16, examples=32)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, secateur.Result]:
+    """A tiny BERT with a dial, as a folder and as a result."""
+    out = tmp_path_factory.mktemp("late") / "out"
+    result = compress(tiny_model("bert"), secateur.Late(**LATE), task=tiny_task(), tokenizer=tiny_tokenizer(), out=out)
+    return out, result
+
+
+def test_budget_is_met_and_the_folder_opens(made: tuple[Path, secateur.Result]) -> None:
+    out, result = made
+    assert result.budget["text"] == "speedup>=2"
+    assert result.budget["terms"][0]["met"] is True
+    assert result.after.macs <= result.before.macs / 2
+    assert result.predicted["macs"] == result.after.macs
+    assert result.after.params == result.before.params
+    assert result.after.bytes == (out / "model.safetensors").stat().st_size
+    again = AutoModelForSequenceClassification.from_pretrained(out)
+    assert dial_of(again).alpha == dial_of(result.model).alpha > 0
+    batch = {"input_ids": torch.randint(5, 99, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, result.model(**batch).logits)
+    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result.to_dict()))
+    assert "model.secateur.speedup" in (out / "README.md").read_text()
+    assert "Tokens that leave each layer" in (out / "report.html").read_text()
+    assert not (out.parent / "out.run").exists()
+
+
+@pytest.mark.parametrize("family", TOKEN_SPECS)
+def test_every_family_with_a_budget_of_macs(family: str) -> None:
+    model = tiny_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = compress(
+        model, secateur.Late(**LATE), task=tiny_task(), tokenizer=tiny_tokenizer(), budget="macs<=70%", tokens=12
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert result.after.macs <= 0.7 * result.before.macs
+    assert not all(torch.equal(value, before[name]) for name, value in result.model.state_dict().items())
+    counted = macs(result.model, 1, 12).of(SubNetwork.full(result.model))
+    dial = dial_of(result.model)
+    dense = dial.costs.macs(12, [12] * 3)
+    # the model counts what the dial's formula says, layer by layer
+    assert result.before.macs - counted == pytest.approx(dense - dense / dial.speedup_at(dial.alpha, 12), abs=1)
+
+
+def test_latency_budget_is_measured_here(made: tuple[Path, secateur.Result]) -> None:
+    _, result = made
+    dial = dial_of(result.model)
+    before = dial.alpha
+    dial.latency_budget = "1000ms"
+    assert (dial.alpha, dial.latency_budget) == (0.0, 1000.0)  # the dense model is fast enough
+    with pytest.raises(InvalidBudget, match="0.0001 ms cannot be met at batch 1 and .* the fastest setting takes"):
+        dial.latency_budget = 0.0001
+    dial.alpha = before
+    assert dial.latency_budget is None
+
+
+def test_verbs_turn_the_dial(made: tuple[Path, secateur.Result], tmp_path: Path) -> None:
+    out, _ = made
+    task = tiny_task()
+    dense = secateur.measure(out, tokens=16, seconds=0.05, speedup=1)
+    fast = secateur.measure(out, tokens=16, seconds=0.05, speedup=2)
+    assert dense["macs"] > 1.8 * fast["macs"]
+    table = secateur.dial(out, task, speedups=(1.5, 2, 99), seconds=0.1)
+    assert [row["speedup"] for row in table["rows"]] == [1.0, 1.5, 2.0]  # 99 is beyond reach
+    assert all(row["theory"] >= row["speedup"] and "accuracy" in row["metrics"] for row in table["rows"])
+    assert json.loads((out / "dial.json").read_text())["rows"] == table["rows"]
+    assert "Plotly.newPlot" in (out / "dial.html").read_text()
+    texts = tmp_path / "validation.csv"
+    task.validation.to_csv(texts)  # type: ignore[union-attr]
+    run = CliRunner().invoke(app, ["evaluate", str(out), "--task", str(texts), "--speedup", "1,2", "--json"])
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [line["speedup"] for line in lines] == [1.0, 2.0]
+    run = CliRunner().invoke(app, ["dial", str(out), "--seconds", "0.1", "--speedup", "1,2"])
+    assert run.exit_code == 0
+    assert "speed-up" in run.stdout
+
+
+def test_turning_ramps_and_then_draws_from_the_range() -> None:
+    dial = type("Stub", (), {"alpha": 0.0})()
+    steady = Turning(dial, 2.0, 0.5, sandwich=False, seed=0)
+    assert [steady.alpha(step, 10) for step in range(7)] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6, 2, 2])
+    drawn = Turning(dial, 2.0, 0.5, sandwich=True, seed=0)
+    assert [drawn.alpha(step, 10) for step in range(5)] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6])
+    later = [drawn.alpha(step, 1000) for step in range(500, 1000)]
+    assert all(0 <= alpha <= 2 for alpha in later)
+    assert 0.2 < sum(alpha == 0 for alpha in later) / 500 < 0.3
+    assert 0.2 < sum(alpha == 2 for alpha in later) / 500 < 0.3
+    assert later == [drawn.alpha(step, 1000) for step in range(500, 1000)]  # a resumed run draws the same
+
+
+def test_acc_of_uniform_attention_is_rho() -> None:
+    """With query weights of zero every token attends alike: mass(ρ) needs ⌈ρ n⌉ of n tokens."""
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".query." in name:
+                parameter.zero_()
+    result = compress(
+        model,
+        secateur.Late(**{**LATE, "rho": 0.5, "lr": 0.0}),
+        task=tiny_task(),
+        tokenizer=tiny_tokenizer(),
+        budget="speedup>=1.5",
+    )
+    profile = result.edits[0]["profile"]
+    assert all(0.5 <= m <= 0.5 + 0.5 / 5 for m in profile)
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "message"),
+    [
+        ({"train_speedup": 1.0}, None, "train_speedup is above 1"),
+        ({"ramp": 2.0}, None, "ramp is a share"),
+        ({"acc": "median"}, None, "acc is mass or participation or entropy or count"),
+        (
+            {},
+            "speedup>=200",
+            "beyond reach by eliminating tokens. At 12 tokens the nearest feasible budget is speedup>=3.72",
+        ),
+        ({}, "speedup>=1", "a speed-up is above 1"),
+        ({}, "speedup<=3", "write 'speedup>=3'"),
+        ({}, "params<=50%", "late takes no 'params' budget: use latency, macs, speedup"),
+    ],
+)
+def test_bad_settings_and_budgets(settings: dict[str, Any], budget: str | None, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        compress(
+            tiny_model("bert"),
+            secateur.Late(**{**LATE, **settings}),
+            task=tiny_task(),
+            tokenizer=tiny_tokenizer(),
+            budget=budget,
+            tokens=12,
+        )
+
+
+def test_structured_methods_take_no_speedup() -> None:
+    with pytest.raises(InvalidBudget, match="optin takes no 'speedup' budget"):
+        compress(tiny_model("bert"), "optin", task=tiny_task(), tokenizer=tiny_tokenizer(), budget="speedup>=2")
+
+
+def _compress(model: Path, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
+    code = f"""
+import torch; torch.set_num_threads(1)
+import secateur
+from tests.contract.test_late import LATE
+from tests.contract.test_methods import tiny_task
+secateur.compress({str(model)!r}, secateur.Late(**{{**LATE, "epochs": 6}}), task=tiny_task(200), out={str(out)!r},
+                  resume={resume}, seconds=0.05)
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+
+
+def test_killed_training_resumes_to_the_same_model(tmp_path: Path) -> None:
+    """SIGKILL while it trains; the end is the same, bit by bit."""
+    model = tiny_model("bert")
+    model.save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    assert _compress(tmp_path / "dense", tmp_path / "whole").wait(300) == 0
+    run = _compress(tmp_path / "dense", tmp_path / "out")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "out.run" / "acc.seconds").exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    last = _compress(tmp_path / "dense", tmp_path / "out", resume=True)
+    assert last.wait(300) == 0, last.stderr.read()  # type: ignore[union-attr]
+    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert whole == resumed
+
+
+def test_a_control_that_chooses_at_random_keeps_the_same_counts(made: tuple[Path, secateur.Result]) -> None:
+    _, result = made
+    dial = dial_of(result.model)
+    generator = torch.Generator().manual_seed(0)
+    usual = dial.selection
+    batch = {"input_ids": torch.randint(5, 99, (3, 12), generator=generator)}
+    full = SubNetwork.full(result.model)
+    counted = macs(result.model, 1, 12).of(full)
+    with torch.no_grad():
+        before = result.model(**batch).logits
+        dial.selection = replace(
+            usual, chooser=lambda layer, score, layout: torch.rand(score.shape, generator=generator)
+        )
+        assert macs(result.model, 1, 12).of(full) == counted
+        assert not torch.allclose(result.model(**batch).logits, before)
+        dial.selection = usual
+        assert torch.equal(result.model(**batch).logits, before)

@@ -1,0 +1,228 @@
+"""Token elimination on every family that hands tokens on: the invariants of the method, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+import secateur.hub as hub
+from secateur.edits import DropTokens, Slice, apply_edits
+from secateur.tokens.specs import TOKEN_SPECS
+from secateur.tokens.state import Pass
+from tests.conftest import tiny_batch, tiny_model
+from tests.contract.test_families import cut
+
+PACKED = [family for family, spec in TOKEN_SPECS.items() if not spec.probabilities]
+FORMS = [(family, False) for family in TOKEN_SPECS] + [(family, True) for family in PACKED]
+ALL_KEPT = 1e-9  # the machinery runs and no token goes
+
+
+def dialled(family: str, alpha: float, packed: bool | None = None, layers: int = 3) -> tuple[nn.Module, Any]:
+    """A tiny model with a dial, and the dial."""
+    model = tiny_model(family)
+    DropTokens(profile=(0.8, 0.55, 0.3)[:layers], tokens=16, alpha=alpha).apply(model)
+    dial: Any = model.secateur
+    dial.packed = packed
+    return model, dial
+
+
+def ragged(lengths: tuple[int, ...], width: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """Random texts of the given lengths, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    width = width or max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        ids[row, :n] = torch.randint(5, 99, (n,), generator=generator)
+        mask[row, :n] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(**batch).logits
+    return found
+
+
+@pytest.mark.parametrize("family", TOKEN_SPECS)
+def test_dial_at_zero_is_the_dense_model_bit_by_bit(family: str) -> None:
+    batch = tiny_batch(family)
+    model, _ = dialled(family, 0.0)
+    assert torch.equal(logits(model, batch), logits(tiny_model(family), batch))
+
+
+@pytest.mark.parametrize(("family", "packed"), FORMS)
+def test_nothing_dropped_equals_dense(family: str, packed: bool) -> None:
+    batch = ragged((9, 4, 13, 9, 1))
+    model, _ = dialled(family, ALL_KEPT, packed)
+    torch.testing.assert_close(logits(model, batch), logits(tiny_model(family), batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_equals_padded(family: str) -> None:
+    batch = ragged((9, 4, 13, 9, 1, 30))
+    model, dial = dialled(family, 1.0, True)
+    found = logits(model, batch)
+    assert not torch.allclose(found, logits(tiny_model(family), batch), atol=1e-4)  # tokens did go
+    dial.packed = False
+    torch.testing.assert_close(found, logits(model, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "packed"), FORMS)
+def test_an_example_does_not_depend_on_its_batch(family: str, packed: bool) -> None:
+    lengths = (9, 4, 13, 9, 1)
+    batch = ragged(lengths)
+    model, _ = dialled(family, 1.0, packed)
+    found = logits(model, batch)
+    wide = ragged(lengths, width=20)  # the same texts, more padding
+    torch.testing.assert_close(logits(model, wide), found, atol=1e-5, rtol=1e-5)
+    order = [3, 0, 4, 2, 1]
+    shuffled = {name: tensor[order] for name, tensor in batch.items()}
+    torch.testing.assert_close(logits(model, shuffled), found[order], atol=1e-5, rtol=1e-5)
+    for row, n in enumerate(lengths):
+        alone = {name: tensor[row : row + 1, :n] for name, tensor in batch.items()}
+        torch.testing.assert_close(logits(model, alone), found[row : row + 1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "packed"), FORMS)
+def test_kept_tokens_are_nested_ascending_and_hold_the_first(
+    family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = (9, 4, 13)
+    model, _dial = dialled(family, 1.0, packed)
+    layouts = []
+    choose = Pass.choose
+
+    def spy(now: Pass) -> None:
+        choose(now)
+        layouts.append([now.layout.slots[i, :n].tolist() for i, n in enumerate(now.layout.lengths)])
+
+    monkeypatch.setattr(Pass, "choose", spy)
+    logits(model, ragged(lengths))
+    assert [[len(row) for row in layer] for layer in layouts] == [[8, 4, 11], [5, 3, 8], [3, 2, 4]]
+    before = [list(range(n)) for n in lengths]
+    for layer in layouts:
+        for kept, there in zip(layer, before, strict=True):
+            assert kept == sorted(set(kept))
+            assert kept[0] == 0
+            assert set(kept) <= set(there)
+        before = layer
+
+
+@pytest.mark.parametrize("family", TOKEN_SPECS)
+def test_copies_have_their_own_dial(family: str) -> None:
+    model, dial = dialled(family, 1.0)
+    twin = copy.deepcopy(model)
+    batch = ragged((9, 4))
+    before = logits(model, batch)
+    twin.secateur.alpha = 0.0  # type: ignore[union-attr]
+    assert torch.equal(logits(twin, batch), logits(tiny_model(family), batch))
+    assert dial.alpha == 1.0
+    assert torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize(("family", "packed"), FORMS)
+def test_gradients_flow(family: str, packed: bool) -> None:
+    model, _ = dialled(family, 1.0, packed)
+    model(**ragged((9, 4, 13)), labels=torch.tensor([0, 1, 0])).loss.backward()
+    missing = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+    assert missing == []
+
+
+def attached(family: str, alpha: float) -> nn.Module:
+    """A tiny model that saves its elimination."""
+    model = tiny_model(family)
+    edits = [DropTokens(profile=(0.8, 0.55, 0.3), tokens=16, alpha=alpha)]
+    apply_edits(model, edits)
+    hub.attach(model, edits)
+    return model
+
+
+@pytest.mark.parametrize("family", TOKEN_SPECS)
+def test_round_trip_keeps_weights_dial_and_results(family: str, tmp_path: Path) -> None:
+    model, batch = attached(family, 0.0), ragged((9, 4, 13))
+    model.secateur.alpha = 1.25  # type: ignore[union-attr]  # where the dial stands is saved
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert again.secateur.alpha == 1.25
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    again.secateur.alpha = 0.0
+    assert torch.equal(logits(again, batch), logits(tiny_model(family), batch))
+    again.save_pretrained(tmp_path / "again")
+    third = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert third.secateur.alpha == 0.0
+    assert torch.equal(logits(third, batch), logits(again, batch))
+    assert all(torch.equal(a, b) for a, b in zip(third.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("family", TOKEN_SPECS)
+def test_slices_and_elimination_compose(family: str, tmp_path: Path) -> None:
+    model, batch = attached(family, 1.0), ragged((9, 4, 13))
+    edits = [Slice(cut(model, "random"))]
+    apply_edits(model, edits)
+    hub.attach(model, edits)
+    plain = tiny_model(family)
+    apply_edits(plain, edits)
+    with model.secateur.dense():  # type: ignore[union-attr, operator]
+        torch.testing.assert_close(logits(model, batch), logits(plain, batch), atol=1e-6, rtol=1e-5)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert [edit.type for edit in hub.edits_of(again)] == ["drop_tokens", "slice"]
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def test_trainer_resumes_from_what_it_saved(tmp_path: Path) -> None:
+    model = attached("bert", 1.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    weights = load_file(tmp_path / "model.safetensors")
+    twin = attached("bert", 1.0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict(weights)  # what `Trainer` does with its checkpoint
+    assert all(torch.equal(tensor, before[name]) for name, tensor in twin.state_dict().items())
+
+
+def test_without_the_package_the_folder_is_refused(tmp_path: Path) -> None:
+    attached("bert", 1.0).save_pretrained(tmp_path)  # type: ignore[operator]
+    for cls in ("AutoModelForSequenceClassification", "AutoModel"):
+        code = f"import transformers; transformers.{cls}.from_pretrained({str(tmp_path)!r})"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert run.returncode != 0
+        assert "size" in run.stderr.lower()
+        code = "import secateur; " + code
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
+
+
+def test_dropped_tokens_get_gradients_from_their_keys_and_values_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _dial = dialled("bert", 1.0, False)
+    batch = ragged((10,))
+    embedded = model.base_model.embeddings(batch["input_ids"]).detach().requires_grad_()  # type: ignore[union-attr, operator]
+    inputs = {"inputs_embeds": embedded, "attention_mask": batch["attention_mask"]}
+    states: list[Tensor] = []
+    shorten = Pass.shorten
+
+    def keep(now: Pass, hidden: Tensor, aside: bool = True) -> Tensor:
+        hidden.retain_grad()
+        states.append(hidden)
+        return shorten(now, hidden, aside=aside)
+
+    monkeypatch.setattr(Pass, "shorten", keep)
+    model(**inputs, labels=torch.tensor([1])).loss.backward()
+    # after the first layer's attention 8 of 10 tokens stay: the other two get nothing from what comes later
+    reached = states[0].grad[0].abs().sum(dim=-1) > 0  # type: ignore[index]
+    assert int(reached.sum()) == 8
+    assert bool((embedded.grad[0].abs().sum(dim=-1) > 0).all())  # type: ignore[index]
