@@ -1,0 +1,173 @@
+"""Metric against speed-up: one model trained by LATE, its dial at several settings, and what else could be dropped.
+
+    python benchmarks/late_quality.py --task stsb             # about half an hour per seed on one core
+    python benchmarks/late_quality.py --task stsb --table     # print the table from the kept rows
+
+All rows of a seed that eliminate tokens use the same counts per layer. The settings are chosen by nothing: each is
+reported. SST-2 trains on a fixed subset (`--rows`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from common import HERE, real, setting, write
+from torch import Tensor, nn
+
+from secateur.costs.budget import Budget, constraints
+from secateur.edits.tokens import dial_of
+from secateur.methods import Late
+from secateur.run import Job, Run
+from secateur.tasks import evaluate, median_tokens, paired_bootstrap
+from secateur.tokens.layout import Layout
+
+SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0, 4.8)
+
+
+def by_chance(seed: int) -> Callable[[int, Tensor, Layout], Tensor]:
+    """Scores that depend on seed, layer and slot alone, so that an example is cut alike in every batch."""
+
+    def chooser(layer: int, score: Tensor, layout: Layout) -> Tensor:
+        drawn = torch.rand(4096, generator=torch.Generator().manual_seed(1000 * seed + layer))
+        return drawn[layout.slots]
+
+    return chooser
+
+
+def first_ones(layer: int, score: Tensor, layout: Layout) -> Tensor:
+    """Keep the first tokens."""
+    return -layout.slots.float()
+
+
+def variants(seed: int) -> dict[str, dict[str, Any]]:
+    """Changes of the selection, on the trained model."""
+    return {
+        "late": {},
+        "without self-attention, as PoWER-BERT": {"diagonal": False},
+        "first tokens": {"chooser": first_ones},
+        "random tokens": {"chooser": by_chance(seed)},
+    }
+
+
+class Shortened(nn.Module):
+    """A dense model that reads the first 1/K of each text's tokens, the last of them being its own last ([SEP])."""
+
+    def __init__(self, model: Any, speedup: float) -> None:
+        super().__init__()
+        self.model = model
+        self.speedup = speedup
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Tensor) -> Any:
+        """Cut, then run; rows are padded on the right."""
+        lengths = attention_mask.sum(dim=1)
+        kept = torch.ceil(lengths / self.speedup).long().clamp_min(2)
+        ends = input_ids.gather(1, (lengths - 1)[:, None])
+        width = int(kept.max())
+        mask = (torch.arange(width) < kept[:, None]).long()
+        ids = input_ids[:, :width].scatter(1, (kept - 1)[:, None], ends) * mask
+        others = {name: tensor[:, :width] * mask for name, tensor in kwargs.items()}
+        return self.model(input_ids=ids, attention_mask=mask, **others)
+
+
+def measure(task: str, method: Late, name: str, seeds: list[int], rows: int | None, path: Any) -> None:
+    model, tokenizer, data = real(task)
+    if rows is not None:
+        data = replace(data, train=data.train.shuffle(seed=0).select(range(rows)))
+    tokens = median_tokens(data, tokenizer)
+    splits = ("validation", "test")
+    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    record |= {"task": task, "metric": data.metric, "tokens": tokens, "train rows": len(data.train), **setting()}
+    dense = {split: evaluate(model, tokenizer, data, split) for split in splits}
+    record["dense"] = {split: found.metrics for split, found in dense.items()}
+    done = {(row["method"], row["speedup"], row["seed"]) for row in record["rows"]}
+
+    def add(label: str, speedup: float, seed: int, judged: Any, **more: Any) -> None:
+        if (label, speedup, seed) in done:
+            return
+        row = {"method": label, "speedup": speedup, "seed": seed, **more}
+        for split, before in dense.items():
+            after = evaluate(judged, tokenizer, data, split)
+            row[split] = after.metrics[data.metric]
+            difference = paired_bootstrap(data.metric, before.logits, after.logits, before.labels)
+            row[f"{split} difference"] = [round(value, 5) for value in difference]
+        record["rows"].append(row)
+        write(path, record)
+        print(json.dumps(row), flush=True)
+
+    for speedup in SPEEDUPS[1:]:
+        add("dense, shortened texts", speedup, 0, Shortened(model, speedup))
+    for seed in seeds:
+        if all((name, speedup, seed) in done for speedup in SPEEDUPS):
+            continue
+        start = time.perf_counter()
+        limits = constraints(Budget.parse("speedup>=2"), model, 1, tokens, units=False)
+        outcome = method.run(Job(model, tokenizer, data, limits, Run(None, {}), 1, tokens, seed))
+        seconds = round(time.perf_counter() - start, 1)
+        trained, edit = outcome.model, outcome.edits[0]
+        untrained = copy.deepcopy(model)
+        edit.apply(untrained)
+        for speedup in SPEEDUPS:
+            dial_of(trained).speedup = dial_of(untrained).speedup = speedup
+            usual = dial_of(trained).selection
+            for label, changes in variants(seed).items():
+                if speedup > 1 or not changes:
+                    dial_of(trained).selection = replace(usual, **changes)
+                    shown = name if label == "late" else f"{name}, {label}"
+                    add(shown, speedup, seed, trained, seconds=seconds, profile=[round(m, 4) for m in edit.profile])
+            dial_of(trained).selection = usual
+            if speedup > 1:
+                add(f"{name}, before training", speedup, seed, untrained)
+
+
+def table(record: dict[str, Any], split: str) -> str:
+    """Mean over seeds ± spread (largest minus smallest), in points."""
+    names = list(dict.fromkeys(row["method"] for row in record["rows"]))
+    lines = [
+        f"{record['task']}, {record['metric']} on {split}; dense {100 * record['dense'][split][record['metric']]:.1f}",
+        "",
+        "| method | " + " | ".join(f"{k:g}×" for k in SPEEDUPS) + " |",
+        "|---" * (len(SPEEDUPS) + 1) + "|",
+    ]
+    for name in names:
+        cells = []
+        for speedup in SPEEDUPS:
+            found = [100 * r[split] for r in record["rows"] if r["method"] == name and r["speedup"] == speedup]
+            cells.append(f"{statistics.mean(found):.1f} ± {max(found) - min(found):.1f}" if found else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=("sst2", "stsb"), default="stsb")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--name", default="late", help="label of the rows, for ablations")
+    parser.add_argument("--set", nargs="*", default=[], help="hyper-parameters, such as acc=entropy")
+    parser.add_argument("--rows", type=int, help="train on so many rows, the same for every seed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = HERE / "results" / f"late_quality_{arguments.task}.json"
+    if not arguments.table:
+        settings = {}
+        for pair in arguments.set:
+            key, _, value = pair.partition("=")
+            settings[key] = value if value.isalpha() and value not in ("true", "false") else json.loads(value)
+        measure(arguments.task, Late(**settings), arguments.name, arguments.seeds, arguments.rows, path)
+    record = json.loads(path.read_text())
+    for split in ("validation", "test"):
+        print(table(record, split), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
