@@ -215,10 +215,10 @@ def test_dropped_tokens_get_gradients_from_their_keys_and_values_only(monkeypatc
     states: list[Tensor] = []
     shorten = Pass.shorten
 
-    def keep(now: Pass, hidden: Tensor, aside: bool = True) -> Tensor:
+    def keep(now: Pass, hidden: Tensor, last: bool = True) -> Tensor:
         hidden.retain_grad()
         states.append(hidden)
-        return shorten(now, hidden, aside=aside)
+        return shorten(now, hidden, last=last)
 
     monkeypatch.setattr(Pass, "shorten", keep)
     model(**inputs, labels=torch.tensor([1])).loss.backward()

@@ -158,10 +158,14 @@ def test_layout_keeps_order_and_goes_both_ways() -> None:
     packed = torch.arange(9.0)
     assert layout.pad(packed, -1).tolist() == [[0, 1, 2, -1], [3, 4, -1, -1], [5, 6, 7, 8]]
     assert torch.equal(layout.pack(layout.pad(packed)), packed)
-    keep = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 0, 1]], dtype=torch.bool)
-    less, columns = layout.select(keep, (2, 1, 3))
+    score = torch.tensor([[5.0, 1, 4, 9], [2, 2, 0, 0], [1, 3, 0, 1]])
+    columns = layout.best(score, (2, 1, 3))
+    less = layout.take(columns, (2, 1, 3))
+    assert [row[:n].tolist() for row, n in zip(columns, less.lengths, strict=True)] == [[0, 3], [0], [0, 1, 3]]
+    score[0, 3] = -INF  # padding
+    columns = layout.best(score, (2, 1, 3))
+    less = layout.take(columns, (2, 1, 3))
     assert [row[:n].tolist() for row, n in zip(less.slots, less.lengths, strict=True)] == [[1, 3], [0], [0, 1, 3]]
-    assert [row[:n].tolist() for row, n in zip(columns, less.lengths, strict=True)] == [[0, 2], [0], [0, 1, 3]]
 
 
 def test_groups_hold_like_lengths() -> None:

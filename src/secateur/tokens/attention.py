@@ -62,13 +62,15 @@ def attention(
     """
     now = current()
     layout = now.layout
-    if not layout.packed:
+    if not (layout.packed and layout.ragged):
+        if layout.packed:
+            query, key, value = (_stacked(part, len(layout.lengths)) for part in (query, key, value))
         mask = _mask(layout.valid if layout.ragged else None, layout.slots, sliding_window)
         real = layout.valid if now.scoring else None
         context, score = _block(query, key, value, mask, real, now, scaling, dropout)
         if score is not None:
             now.observe(score)
-        return context, None
+        return (context.flatten(0, 1)[None] if layout.packed else context), None
     slots = layout.pack(layout.slots) if sliding_window is not None else None
     contexts, scores = [], []
     for group in layout.groups:
@@ -83,6 +85,11 @@ def attention(
     if now.scoring:
         now.observe(layout.pad(torch.cat(scores).index_select(0, back), -torch.inf))
     return torch.cat(contexts).index_select(0, back)[None], None
+
+
+def _stacked(packed: Tensor, batch: int) -> Tensor:
+    """(1, heads, batch × width, d), all of one length → (batch, heads, width, d)."""
+    return packed[0].unflatten(1, (batch, -1)).transpose(0, 1)
 
 
 def _grouped(packed: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -164,7 +164,7 @@ class _ShortenNorm:
         if now is None:
             return None
         now.choose()
-        return now.shorten(output, aside=False)
+        return now.shorten(output, last=False)
 
 
 class _Spread:

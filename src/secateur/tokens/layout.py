@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class Layout:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """(batch + 1,) int32: where each sequence starts in the packed form, and the total at the end."""
-        ends = torch.tensor(self.lengths, device=self.slots.device).cumsum(0)
-        return torch.nn.functional.pad(ends, (1, 0)).int()
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.slots.device)
 
     def pad(self, packed: Tensor, fill: float = 0.0) -> Tensor:
         """Packed values (Σ lengths, ...) as (batch, width, ...)."""
@@ -100,18 +100,27 @@ class Layout:
         """(Σ lengths,): where each row of the packed form is when the groups' tokens are put one after the other."""
         return torch.cat([group.index.index_select(0, group.rows) for group in self.groups]).argsort()
 
-    def select(self, keep: Tensor, lengths: tuple[int, ...]) -> tuple[Layout, Tensor]:
-        """The layout of the kept tokens, and where they are.
+    def best(self, score: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Columns of the tokens with the highest scores, as many as `lengths` says, in ascending order.
 
         Args:
-            keep: (batch, width) True for tokens that stay.
-            lengths: how many stay in each row.
+            score: (batch, width); ties go to the lower column.
+            lengths: how many tokens of each example.
 
         Returns:
-            The new layout, and (batch, new width) the column of each kept token in the old layout, ascending.
+            (batch, new width).
         """
-        columns = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(lengths)]
-        return Layout(self.slots.gather(1, columns), lengths, self.packed), columns
+        width = max(lengths)
+        order = score.argsort(dim=-1, descending=True, stable=True)[:, :width]
+        if len(set(lengths)) == 1:
+            return order.sort(dim=-1).values
+        missing = torch.arange(width, device=score.device) >= torch.tensor(lengths, device=score.device)[:, None]
+        last = score.shape[1] - 1
+        return order.masked_fill(missing, last + 1).sort(dim=-1).values.clamp(max=last)
+
+    def take(self, columns: Tensor, lengths: tuple[int, ...]) -> Layout:
+        """The layout of the tokens in some columns, (batch, new width)."""
+        return Layout(self.slots.gather(1, columns), lengths, self.packed)
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,8 @@ class Pass:
         self._targets = counts(self.layout.lengths, kept, selection.protected) if kept is not None else []
         self._score: Tensor | None = None
         self.columns: Tensor | None = None
-        self._before = self.layout
-        self._keep = real
-        self._gone: list[tuple[Tensor, Tensor]] = []
+        self.before = self.layout
+        self._states: list[tuple[Layout, Tensor]] = []
 
     @property
     def target(self) -> tuple[int, ...]:
@@ -98,46 +97,41 @@ class Pass:
             score = score.expand(before.slots.shape)
         if self.selection.chooser is not None:
             score = self.selection.chooser(self.layer, score, before)
-        score = score.masked_fill(~before.valid, -torch.inf)
+        score = score.masked_fill(~before.valid, -torch.inf) if before.ragged else score.clone()
         score[:, : self.selection.protected] = torch.inf
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        keep = rank < torch.tensor(lengths, device=rank.device)[:, None]
-        self.layout, self.columns = before.select(keep, lengths)
-        self._before, self._keep = before, keep
+        self.columns = before.best(score, lengths)
+        self.before, self.layout = before, before.take(self.columns, lengths)
         if self._score is not None:
             self._score = self._score.gather(1, self.columns)
 
-    def shorten(self, hidden: Tensor, *, aside: bool = True) -> Tensor:
+    def shorten(self, hidden: Tensor, *, last: bool = True) -> Tensor:
         """The chosen tokens of hidden states that are in the form of the layout before.
 
         Args:
             hidden: (batch, width, d), or (1, Σ lengths, d) when packed.
-            aside: put the states of the others aside, to be given back after the last layer.
+            last: whether these are the last states of the tokens that go, to be given back after the last layer.
         """
         if self.columns is None:
             return hidden
-        if aside:
-            gone = ~self._keep & self._before.valid
-            states = hidden[0][self._before.pack(gone)] if self._before.packed else hidden[gone]
-            self._gone.append((self._places(self._before, gone), states))
-        if self._before.packed:
-            return hidden[0].index_select(0, self._rows())[None]
+        if last:
+            self._states.append((self.before, hidden))
+        if self.before.packed:
+            return hidden[0].index_select(0, self._rows(self.columns))[None]
         return hidden.gather(1, self.columns[..., None].expand(*self.columns.shape, hidden.shape[-1]))
 
     def spread(self, kept: Tensor) -> Tensor:
         """Inverse of `shorten`, with zeros for the tokens that went: for pre-norm layers."""
         if self.columns is None:
             return kept
-        if self._before.packed:
-            zeros = kept.new_zeros(sum(self._before.lengths), kept.shape[-1])
-            return zeros.index_copy(0, self._rows(), kept[0])[None]
-        zeros = kept.new_zeros(*self._before.slots.shape, kept.shape[-1])
+        if self.before.packed:
+            zeros = kept.new_zeros(sum(self.before.lengths), kept.shape[-1])
+            return zeros.index_copy(0, self._rows(self.columns), kept[0])[None]
+        zeros = kept.new_zeros(*self.before.slots.shape, kept.shape[-1])
         return zeros.scatter(1, self.columns[..., None].expand_as(kept), kept)
 
-    def _rows(self) -> Tensor:
+    def _rows(self, columns: Tensor) -> Tensor:
         """Packed rows, in the layout before, of the chosen tokens."""
-        every = torch.arange(sum(self._before.lengths), device=self.layout.slots.device)
-        return self.layout.pack(self._before.pad(every).gather(1, self.columns))  # type: ignore[arg-type]
+        return self.layout.pack(self.before.cu_seqlens[:-1, None] + columns)
 
     def begin(self, hidden: Tensor) -> Tensor:
         """Embeddings (batch, tokens, d) in the layout's form."""
@@ -147,17 +141,14 @@ class Pass:
 
     def restore(self, hidden: Tensor) -> Tensor:
         """The last layer's output as (batch, tokens, d): every token at its place with its last state, padding 0."""
-        flat = hidden[0] if self.layout.packed else hidden[self.layout.valid]
-        places = [self._places(self.layout, self.layout.valid), *(places for places, _ in self._gone)]
-        states = [flat, *(states for _, states in self._gone)]
         batch, tokens = self.shape
-        full = flat.new_zeros(batch * tokens, flat.shape[-1])
-        return full.index_copy(0, torch.cat(places), torch.cat(states)).view(batch, tokens, -1)
-
-    def _places(self, layout: Layout, which: Tensor) -> Tensor:
-        """Flat places in the (batch × tokens) input of the marked columns of a layout."""
-        batch = torch.arange(self.shape[0], device=layout.slots.device)[:, None]
-        return (batch * self.shape[1] + layout.slots)[which]
+        full = hidden.new_zeros(batch * tokens, hidden.shape[-1])
+        first = torch.arange(0, batch * tokens, tokens, device=hidden.device)[:, None]
+        for layout, states in (*self._states, (self.layout, hidden)):
+            # later states of the same tokens take the place of earlier ones
+            flat = states[0] if layout.packed else layout.pack(states)
+            full.index_copy_(0, layout.pack(first + layout.slots), flat)
+        return full.view(batch, tokens, -1)
 
 
 def current() -> Pass:
