@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import hub
+from secateur.edits.tokens import ATTRIBUTE, Dial
 from secateur.errors import InvalidModel, MissingExtra, SecateurError, UnsupportedModel
 from secateur.families import family_of
 
@@ -87,7 +88,8 @@ def export(
         MissingExtra: the packages of the format are not installed.
         InvalidModel: the model cannot be opened, or is not float32.
         UnsupportedModel: the model is an encoder-decoder.
-        SecateurError: the conversion fails, the result differs by more than `tolerance`, or `out` holds something else.
+        SecateurError: a latency dial does not stand at 1, the conversion fails, the result differs by more than
+            `tolerance`, or `out` holds something else.
     """
     chosen = _format(format)
     target = _target(folder_or_model, out, format)
@@ -272,6 +274,11 @@ def _check_exportable(model: nn.Module) -> None:
     family = family_of(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"Export covers encoders: a '{family.name}' model needs one graph per generation step.")
+    if isinstance(dial := getattr(model, ATTRIBUTE, None), Dial) and dial.alpha > 0:
+        raise SecateurError(
+            "Export writes the dense model, and this one's dial stands at a speed-up of "
+            f"{dial.speedup:.3g}: set model.secateur.speedup = 1 first, and save."
+        )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

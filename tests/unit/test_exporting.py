@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from secateur import hub
-from secateur.edits import Slice, apply_edits
+from secateur.edits import DropTokens, Slice, apply_edits
 from secateur.errors import InvalidModel, MissingExtra, SecateurError, UnsupportedModel
 from secateur.exporting import CHECK_FILE, compare, example_inputs, export, input_names, longest_input
 from secateur.families import sites
@@ -187,3 +187,14 @@ def test_openvino_of_a_live_model_replaces_an_earlier_export(tmp_path: Path) -> 
     inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     found = torch.from_numpy(compiled({k: v.numpy() for k, v in inputs.items()})["logits"])
     assert (found - model(**inputs).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(not installed("onnx"), reason="needs the onnx extra")
+def test_a_dial_is_exported_where_it_is_dense_and_refused_elsewhere(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    DropTokens(profile=(0.8, 0.5, 0.3), tokens=16, alpha=1.0).apply(model)
+    with pytest.raises(SecateurError, match=r"dial stands at a speed-up of 1\.\d+: set model.secateur.speedup = 1"):
+        export(model, tmp_path / "onnx")
+    model.secateur.speedup = 1  # type: ignore[union-attr]
+    record = json.loads((export(model, tmp_path / "onnx") / CHECK_FILE).read_text())
+    assert record["max_abs_difference"] <= 1e-4
