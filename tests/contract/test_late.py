@@ -24,9 +24,9 @@ from secateur.edits.tokens import dial_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.methods.late import Turning
 from secateur.subnetwork import SubNetwork
-from secateur.tokens.specs import TOKEN_SPECS
 from tests.conftest import tiny_model
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
+from tests.contract.test_tokens import ENCODERS
 
 LATE: dict[str, Any] = dict(train_speedup=2.0, epochs=1, lr=1e-3, batch_size=16, examples=32)
 
@@ -58,7 +58,7 @@ def test_budget_is_met_and_the_folder_opens(made: tuple[Path, secateur.Result]) 
     assert not (out.parent / "out.run").exists()
 
 
-@pytest.mark.parametrize("family", TOKEN_SPECS)
+@pytest.mark.parametrize("family", ENCODERS)
 def test_every_family_with_a_budget_of_macs(family: str) -> None:
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -205,3 +205,12 @@ def test_speedup_of_the_dial_is_the_solvers() -> None:
     model.secateur.speedup = 2
     assert 2 <= model.secateur.speedup < 2.1
     assert model.secateur.edit.alpha == model.secateur.alpha > 0
+
+
+def test_causal_attention_is_judged_by_what_uniform_attention_would_give() -> None:
+    n = 6
+    uniform = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
+    raw = column_attention(uniform[None, None], torch.ones(1, n, dtype=torch.bool))
+    torch.testing.assert_close(raw[0], torch.tensor([0.408, 0.242, 0.158, 0.103, 0.061, 0.028]), atol=5e-4, rtol=0)
+    fair = column_attention(uniform[None, None], torch.ones(1, n, dtype=torch.bool), causal=True)
+    torch.testing.assert_close(fair[0], torch.ones(n))

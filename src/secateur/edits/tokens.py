@@ -34,6 +34,7 @@ class DropTokens:
         weighting, diagonal, beta: how tokens are scored (`tokens.state.Selection`).
         least: floor of the share of tokens that a layer hands on.
         protected: tokens at the beginning that always stay.
+        recent: tokens at the end that always stay; a decoder needs at least its last one.
     """
 
     profile: tuple[float, ...]
@@ -44,6 +45,7 @@ class DropTokens:
     beta: float = 0.0
     least: float = 0.02
     protected: int = 1
+    recent: int = 0
 
     type: ClassVar[str] = "drop_tokens"
 
@@ -55,18 +57,13 @@ class DropTokens:
             raise SecateurError(f"weighting is {' or '.join(get_args(Weighting))}, not {self.weighting!r}.")
         if not (self.alpha >= 0 and math.isfinite(self.alpha) and 0 <= self.beta < 1 and 0 < self.least <= 1):
             raise SecateurError("alpha is a number from 0, beta lies in [0, 1), least in (0, 1].")
-        if self.tokens < 1 or self.protected < 1:
-            raise SecateurError("tokens and protected are whole numbers from 1.")
+        if self.tokens < 1 or self.protected < 1 or self.recent < 0:
+            raise SecateurError("tokens and protected are whole numbers from 1, recent from 0.")
 
     @property
     def changes_shapes(self) -> bool:
         """No tensor changes."""
         return False
-
-    @property
-    def selection(self) -> Selection:
-        """How tokens are chosen."""
-        return Selection(self.weighting, self.diagonal, self.beta, self.protected)
 
     def apply(self, model: nn.Module, *, empty: bool = False) -> None:
         """Put the hooks and the dial (`model.secateur`) into a model, in place.
@@ -85,6 +82,8 @@ class DropTokens:
             raise SecateurError("This model eliminates tokens already: set model.secateur.speedup.")
         if len(self.profile) != len(found.neurons):
             raise SecateurError(f"The profile has {len(self.profile)} layers, the model {len(found.neurons)}.")
+        if spec.causal and not self.recent:
+            raise SecateurError("A decoder's last token makes the next one: protect it with recent=1 or more.")
         if spec.probabilities and self.weighting == "value":
             raise UnsupportedModel(f"'{found.family.name}' models score tokens by attention alone: use 'attention'.")
         dial = Dial(model, self)
@@ -131,7 +130,9 @@ class Dial:
         self._can_pack = handover.packs(model)
         self._watch: Callable[[Pass], None] | None = None
         self.packed: bool | None = None
-        self.selection = edit.selection
+        self.selection = Selection(
+            edit.weighting, edit.diagonal, edit.beta, edit.protected, edit.recent, causal=handover.is_causal(model)
+        )
         self.alpha = edit.alpha
 
     @property
@@ -181,7 +182,7 @@ class Dial:
     def speedup_at(self, alpha: float, tokens: int | None = None) -> float:
         """The speed-up of a setting at a length."""
         edit = self._edit
-        return self.costs.at(edit.profile, alpha, tokens or edit.tokens, edit.least, edit.protected)
+        return self.costs.at(edit.profile, alpha, tokens or edit.tokens, edit.least, edit.protected + edit.recent)
 
     def alpha_for(self, speedup: float, tokens: int | None = None) -> float:
         """The setting for a wanted speed-up at a length.
@@ -191,7 +192,7 @@ class Dial:
             InvalidBudget: beyond reach.
         """
         edit = self._edit
-        return self.costs.solve(edit.profile, speedup, tokens or edit.tokens, edit.least, edit.protected)
+        return self.costs.solve(edit.profile, speedup, tokens or edit.tokens, edit.least, edit.protected + edit.recent)
 
     @property
     def reach(self) -> float:

@@ -23,6 +23,7 @@ from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
 from secateur.run import Job, Outcome, check_fields
 from secateur.subnetwork import SubNetwork
+from secateur.tokens.handover import is_causal
 from secateur.tokens.scores import Acc, Weighting, context_size, profile
 from secateur.tokens.state import Pass
 from secateur.train import Settings, bf16_pays, distilled, fit
@@ -47,6 +48,7 @@ class Late:
         beta: weight of the layers before in the score, from 0 to below 1.
         least: floor of the share of tokens that a layer hands on.
         protected: tokens at the beginning that always stay.
+        recent: tokens at the end that always stay; a decoder keeps its last one in any case.
         examples: training rows that ACC is measured on.
         max_length: tokens beyond this are cut off in training.
         dropout: share of activations set to zero in training; none keeps the model's.
@@ -67,6 +69,7 @@ class Late:
     beta: float = 0.0
     least: float = 0.02
     protected: int = 1
+    recent: int | None = None
     examples: int = 1024
     max_length: int = 128
     dropout: float | None = None
@@ -104,7 +107,10 @@ class Late:
         return Outcome(model, [dial.edit], full, predicted=counted)
 
     def _edit(self, m: tuple[float, ...], job: Job) -> DropTokens:
-        return DropTokens(m, job.tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected)
+        recent = self.recent or int(is_causal(job.model))
+        return DropTokens(
+            m, job.tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected, recent
+        )
 
     def measure(self, model: PreTrainedModel, job: Job) -> list[float]:
         """ACC of each layer of the dense model: the mean over training examples; 1 where a layer has no attention."""

@@ -238,7 +238,11 @@ def _tokens(edits: list[Record]) -> tuple[Layer, ...]:
     """Tokens that leave each layer, of those there were, where an edit eliminates them."""
     for edit in edits:
         if edit.get("type") == "drop_tokens":
-            kept = counts([edit["tokens"]], shares(edit["profile"], edit["alpha"], edit["least"]), edit["protected"])
+            kept = counts(
+                [edit["tokens"]],
+                shares(edit["profile"], edit["alpha"], edit["least"]),
+                edit["protected"] + edit["recent"],
+            )
             return tuple(Layer(str(i), row[0], edit["tokens"]) for i, row in enumerate(kept))
     return ()
 

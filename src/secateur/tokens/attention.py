@@ -65,7 +65,7 @@ def attention(
     if not (layout.packed and layout.ragged):
         if layout.packed:
             query, key, value = (_stacked(part, len(layout.lengths)) for part in (query, key, value))
-        mask = _mask(layout.valid if layout.ragged else None, layout.slots, sliding_window)
+        mask = _windowed(now.mask(key.shape[2]), layout.slots, sliding_window)
         real = layout.valid if now.scoring else None
         context, score = _block(query, key, value, mask, real, now, scaling, dropout)
         if score is not None:
@@ -76,7 +76,7 @@ def attention(
     for group in layout.groups:
         q, k, v = (_grouped(part, group.index, group.shape) for part in (query, key, value))
         places = slots[group.index].view(group.shape) if slots is not None else None
-        mask = _mask(group.valid if group.ragged else None, places, sliding_window)
+        mask = _windowed(group.valid[:, None, None, :] if group.ragged else None, places, sliding_window)
         context, score = _block(q, k, v, mask, group.valid if now.scoring else None, now, scaling, dropout)
         contexts.append(context.flatten(0, 1).index_select(0, group.rows))
         if score is not None:
@@ -98,9 +98,8 @@ def _grouped(packed: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
     return packed[0].index_select(1, index).view(heads, *shape, d).transpose(0, 1)
 
 
-def _mask(valid: Tensor | None, slots: Tensor | None, window: int | None) -> Tensor | None:
-    """(batch, 1, 1 or queries, keys) True where a query may look; None if everywhere."""
-    mask = None if valid is None else valid[:, None, None, :]
+def _windowed(mask: Tensor | None, slots: Tensor | None, window: int | None) -> Tensor | None:
+    """A mask (batch, 1, 1 or queries, keys), True where a query may look, within a window of places in the input."""
     if window is None or slots is None:
         return mask
     near = (slots[:, :, None] - slots[:, None, :]).abs() < window

@@ -16,10 +16,13 @@ from secateur.errors import InvalidData, UnsupportedModel
 from secateur.families import FAMILIES, Sites, sites
 from secateur.tokens.attention import AttentionConfig
 from secateur.tokens.specs import TOKEN_SPECS, Carried, TokenSpec
-from secateur.tokens.state import CURRENT, Pass
+from secateur.tokens.state import CURRENT, Continuation, Pass
 
 Begin = Callable[[Tensor], Pass | None]
 """Given the real tokens of a batch, (batch, tokens), the pass to run; None for the dense model."""
+
+CACHED = "secateur_cached"
+"""Attribute of a key-value cache: which keys of each layer are real, (batch, keys)."""
 
 
 def token_spec(found: Sites) -> TokenSpec:
@@ -38,7 +41,13 @@ def token_spec(found: Sites) -> TokenSpec:
 
 def packs(model: nn.Module) -> bool:
     """Whether a model's attention can run without padding (it goes through transformers' attention interface)."""
-    return not token_spec(sites(model)).probabilities
+    spec = token_spec(sites(model))
+    return not spec.probabilities and not spec.causal
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model is a decoder, whose prompt's tokens are eliminated."""
+    return token_spec(sites(model)).causal
 
 
 def install(model: nn.Module, begin: Begin) -> None:
@@ -99,6 +108,11 @@ class _Enter:
             return  # the model's own error is clearer
         if mask is not None and mask.dim() != 2:
             raise InvalidData("Token elimination reads an attention_mask of shape (batch, tokens).")
+        cache = given.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            cached = getattr(cache, CACHED, None)
+            CURRENT.set(None if cached is None else Continuation(inputs.shape[0], inputs.shape[1], cached))
+            return
         real = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         CURRENT.set(self.begin(real))
 
@@ -128,6 +142,8 @@ class _Begin:
         given = _named(self.names, args, kwargs)
         if self.index == 0:
             given["hidden_states"] = now.begin(given["hidden_states"])
+            if self.spec.causal and given.get("past_key_values") is not None and not isinstance(now, Continuation):
+                setattr(given["past_key_values"], CACHED, now.cached)
         now.enter(self.index)
         for name, kind in self.spec.carried:
             if given.get(name) is not None:

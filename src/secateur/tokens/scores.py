@@ -21,7 +21,12 @@ Weighting = Literal["attention", "value"]
 
 
 def column_attention(
-    probabilities: Tensor, real: Tensor, *, diagonal: bool = True, values: Tensor | None = None
+    probabilities: Tensor,
+    real: Tensor,
+    *,
+    diagonal: bool = True,
+    values: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """How much of the attention context each token supplies.
 
@@ -34,6 +39,8 @@ def column_attention(
         diagonal: count what a token pays to itself.
         values: (batch, heads, keys, head width); given, each head's attention is weighted by ‖v_j‖, which makes S_j
             the size of token j's contribution to the context. The scores are then scaled to a sum of 1.
+        causal: token i sees tokens 0 … i only, which favours early ones: each sum is divided by the one under uniform
+            causal attention, Σ_{i ≥ j} 1/(i + 1). Real tokens come first.
 
     Returns:
         (batch, keys), detached, float32; -inf for padding.
@@ -46,11 +53,21 @@ def column_attention(
     if values is not None:
         columns = columns * values.detach().float().norm(dim=-1)
     total = columns.sum(dim=1)
-    if values is None:
+    if causal:
+        total = total / _uniform_causal(real)
+    if values is None and causal:
+        score = total / attention.shape[1]
+    elif values is None:
         score = total / (attention.shape[1] * queries.sum(dim=-1, keepdim=True).clamp_min(1))
     else:
         score = total / (total * queries).sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return score.masked_fill(~real, -math.inf)
+
+
+def _uniform_causal(real: Tensor) -> Tensor:
+    """Σ_{i ≥ j, i real} 1/(i + 1), (batch, keys); 1 for padding."""
+    share = real / torch.arange(1, real.shape[1] + 1, device=real.device)
+    return share.flip(-1).cumsum(-1).flip(-1).masked_fill(~real, 1)
 
 
 def smoothed(score: Tensor, before: Tensor | None, beta: float) -> Tensor:

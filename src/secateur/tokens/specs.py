@@ -1,4 +1,4 @@
-"""How each encoder family hands tokens from layer to layer: data, written once per family."""
+"""How each family hands tokens from layer to layer: data, written once per family."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class TokenSpec:
         carried: inputs of a layer that belong to token positions, and what they are: `rotary` is (cos, sin), each
             (1 or batch, tokens, width); `pair_bias` (batch, heads, queries, keys) is added to attention's logits;
             `pair_index` (1, queries, keys) numbers relative positions.
+        causal: a decoder: tokens of the prompt are eliminated, and each layer's key-value cache is as long as what
+            enters it.
     """
 
     residual: str = ""
@@ -30,6 +32,7 @@ class TokenSpec:
     ffn: str = ""
     probabilities: str = ""
     carried: tuple[tuple[str, Carried], ...] = ()
+    causal: bool = False
 
 
 _BERT = TokenSpec(residual="attention")
@@ -48,5 +51,9 @@ TOKEN_SPECS: dict[str, TokenSpec] = {
         residual="attention", probabilities="attention.self.dropout", carried=(("relative_pos", "pair_index"),)
     ),
     "modernbert": TokenSpec(ffn_norm="mlp_norm", ffn="mlp", carried=(("position_embeddings", "rotary"),)),
+    "gpt2": TokenSpec(ffn_norm="ln_2", ffn="mlp", causal=True),
+    "llama": TokenSpec(
+        ffn_norm="post_attention_layernorm", ffn="mlp", carried=(("position_embeddings", "rotary"),), causal=True
+    ),
 }
 """By name of the family in `families.FAMILIES`."""

@@ -25,7 +25,9 @@ class Selection:
         weighting: "attention" is the mean attention a token gets; "value" weighs it by the size of its value vector.
         diagonal: count what a token pays to itself.
         beta: weight of the layers before in the score.
-        protected: tokens at the beginning that always stay ([CLS]).
+        protected: tokens at the beginning that always stay ([CLS], or the first of a prompt).
+        recent: tokens at the end that always stay (of a prompt: the last one makes the next token).
+        causal: tokens attend to themselves and what is before them.
         chooser: overrides the score: given (layer, score, layout) it returns another one. For controls such as random.
     """
 
@@ -33,6 +35,8 @@ class Selection:
     diagonal: bool = True
     beta: float = 0.0
     protected: int = 1
+    recent: int = 0
+    causal: bool = False
     chooser: Callable[[int, Tensor, Layout], Tensor] | None = None
 
 
@@ -54,7 +58,10 @@ class Pass:
         self.scoring = False
         self.seen: dict[int, Tensor] = {}
         self.watching = kept is None
-        self._targets = counts(self.layout.lengths, kept, selection.protected) if kept is not None else []
+        self._targets = (
+            counts(self.layout.lengths, kept, selection.protected + selection.recent) if kept is not None else []
+        )
+        self.cached: list[Tensor] = []
         self._score: Tensor | None = None
         self.columns: Tensor | None = None
         self.before = self.layout
@@ -65,17 +72,27 @@ class Pass:
         """Tokens of each example that leave the current layer."""
         return self.layout.lengths if self.watching else tuple(self._targets[self.layer])
 
+    def mask(self, keys: int) -> Tensor | None:
+        """Which keys the queries of the current layer may look at: (batch or 1, 1, queries or 1, keys)."""
+        valid = self.layout.valid[:, None, None, :] if self.layout.ragged else None
+        if not self.selection.causal:
+            return valid
+        width = self.layout.slots.shape[1]
+        before = torch.ones(width, width, dtype=torch.bool, device=self.layout.slots.device).tril()[None, None]
+        return before if valid is None else before & (valid | torch.eye(width, dtype=torch.bool, device=valid.device))
+
     def enter(self, layer: int) -> None:
         """Begin a layer: it scores if it eliminates."""
         self.layer = layer
         self.columns = None
+        self.cached.append(self.layout.valid)
         self.scoring = self.watching or self.target != self.layout.lengths
 
     def score(self, probabilities: Tensor, real: Tensor, values: Tensor | None) -> Tensor:
         """Score the tokens of a padded block of attention."""
         chosen = self.selection
         weights = values if chosen.weighting == "value" else None
-        return column_attention(probabilities, real, diagonal=chosen.diagonal, values=weights)
+        return column_attention(probabilities, real, diagonal=chosen.diagonal, values=weights, causal=chosen.causal)
 
     def observe(self, score: Tensor) -> None:
         """Take the scores of the current layer, (batch, width)."""
@@ -99,6 +116,10 @@ class Pass:
             score = self.selection.chooser(self.layer, score, before)
         score = score.masked_fill(~before.valid, -torch.inf) if before.ragged else score.clone()
         score[:, : self.selection.protected] = torch.inf
+        if self.selection.recent:
+            steps = torch.arange(score.shape[1], device=score.device)
+            ends = torch.tensor(before.lengths, device=score.device)[:, None]
+            score = score.masked_fill((steps >= ends - self.selection.recent) & (steps < ends), torch.inf)
         self.columns = before.best(score, lengths)
         self.before, self.layout = before, before.take(self.columns, lengths)
         if self._score is not None:
@@ -149,6 +170,33 @@ class Pass:
             flat = states[0] if layout.packed else layout.pack(states)
             full.index_copy_(0, layout.pack(first + layout.slots), flat)
         return full.view(batch, tokens, -1)
+
+
+class Continuation(Pass):
+    """New tokens after a prompt whose key-value cache has another length in each layer; none is eliminated.
+
+    Args:
+        batch, tokens: shape of the new input; all of it is real.
+        cached: which keys of each layer's cache are real, (batch, keys); extended by the new tokens.
+    """
+
+    def __init__(self, batch: int, tokens: int, cached: list[Tensor]) -> None:
+        real = cached[0].new_ones(batch, tokens)
+        super().__init__(real, None, Selection(causal=True), packed=False)
+        self.watching = False
+        for layer, valid in enumerate(cached):
+            cached[layer] = torch.cat([valid, real], dim=1)
+        self.keys = cached
+
+    def enter(self, layer: int) -> None:
+        """Begin a layer."""
+        self.layer = layer
+
+    def mask(self, keys: int) -> Tensor | None:
+        """All real keys of the layer's cache, and of the new tokens those before."""
+        valid, new = self.keys[self.layer], self.layout.slots.shape[1]
+        reach = torch.ones(new, keys, dtype=torch.bool, device=valid.device).tril(keys - new)
+        return valid[:, None, None, :] & reach
 
 
 def current() -> Pass:
