@@ -19,7 +19,8 @@ from secateur.costs.budget import Budget, Constraint, constraints
 from secateur.costs.dial import time_settings
 from secateur.costs.latency import Timing, time_interleaved, time_model
 from secateur.costs.machine import fingerprint as machine_fingerprint
-from secateur.edits.tokens import dial_of, turned_to
+from secateur.costs.tokens import FASTEST
+from secateur.edits.tokens import at_rest, dial_of, turned_to
 from secateur.errors import InvalidData, SecateurError
 from secateur.exporting import export
 from secateur.families import sites
@@ -94,6 +95,7 @@ def compress(
     if out is not None:
         hub.check_target(out, "result.json", "" if isinstance(model, PreTrainedModel) else str(model))
     source, net, words = _open(model, tokenizer)
+    net = at_rest(net)
     data = check_labels(load_task(task, seed=seed), net)
     rows = _judged_by(data, split)
     length = _length(data, net, words, tokens)
@@ -215,7 +217,8 @@ def dial(
     Args:
         model: a folder that `late` wrote, or a live model with a dial; its setting is left as it was.
         task: see `load_task`; None leaves the metric out.
-        speedups: settings to measure; the dense model is always among them, those beyond reach are left out.
+        speedups: settings to measure, for texts of `tokens` tokens; the dense model is always among them, those beyond
+            reach are left out.
         tokenizer: the model's tokenizer; read from the model's folder if None.
         split: rows to judge by; validation if the task has it, else test.
         batch: examples per pass, for MACs and milliseconds.
@@ -235,28 +238,24 @@ def dial(
     net = _live(model)
     turned = dial_of(net)
     length = tokens or turned.tokens
-    asked = sorted({1.0, *speedups})
-    alphas = {k: turned.alpha_for(k) for k in asked if k <= turned.reach}
+    reach = turned.speedup_at(FASTEST, length)
+    alphas = {k: turned.alpha_for(k, length) for k in sorted({1.0, *speedups}) if not k > reach}
     timings = time_settings(net, turned, list(alphas.values()), batch, length, seconds=seconds)
     rows = []
-    before = turned.alpha
-    try:
-        for (speedup, alpha), timing in zip(alphas.items(), timings, strict=True):
-            turned.alpha = alpha
-            row = {
-                "speedup": speedup,
-                "theory": turned.speedup_at(alpha, length),
-                "alpha": alpha,
-                "macs": round(macs(net, batch, length).of(SubNetwork.full(net))),
-                "latency_ms": {"median": timing.median, "p90": timing.p90, "n": timing.n},
-                "measured": timings[0].median / timing.median,
-            }
-            if task is not None:
-                found = evaluate(net, task, tokenizer=tokenizer, split=split, seed=seed, progress=progress)
-                row["metrics"] = found.metrics
-            rows.append(row)
-    finally:
-        turned.alpha = before
+    data = load_task(task, seed=seed) if task is not None else None
+    for (speedup, alpha), timing in zip(alphas.items(), timings, strict=True):
+        row = {
+            "speedup": speedup,
+            "theory": turned.speedup_at(alpha, length),
+            "alpha": alpha,
+            "latency_ms": {"median": timing.median, "p90": timing.p90, "n": timing.n},
+            "measured": timings[0].median / timing.median,
+        }
+        with turned.at(alpha):
+            row["macs"] = round(macs(net, batch, length).of(SubNetwork.full(net)))
+            if data is not None:
+                row["metrics"] = evaluate(net, data, tokenizer=tokenizer, split=split, progress=progress).metrics
+        rows.append(row)
     setting = {"batch": batch, "tokens": length, "threads": timings[0].threads, "dtype": timings[0].dtype}
     table = {"rows": rows, "setting": setting, "machine": machine_fingerprint(), "versions": versions()}
     if isinstance(model, (str, Path)) and Path(model).is_dir():
@@ -285,7 +284,7 @@ def measure(
         MACs, parameters, bytes, latency in milliseconds, the setting and the machine.
     """
     net = _live(model)
-    with turned_to(net, speedup):
+    with turned_to(net, speedup, tokens):
         timing = time_model(net, batch, tokens, seconds=seconds)
         counted = asdict(_measured(net, batch, tokens, {}, timing))
     counted.pop("metrics")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -227,11 +226,11 @@ def measure(
     from secateur import api
 
     _threads(threads)
-    for wanted in _speedups(speedup) or (None,):
-        found = api.measure(model, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted)
-        found = {"speedup": wanted, **found} if wanted is not None else found
-        shown = _numbers({k: v for k, v in found.items() if k != "machine"})
-        _show(found, as_json, partial(typer.echo, shown))
+
+    def at(wanted: float | None) -> dict[str, Any]:
+        return api.measure(model, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted)
+
+    _show_settings(at, _speedups(speedup), as_json)
 
 
 @app.command()
@@ -254,11 +253,12 @@ def evaluate(
 
     _threads(threads)
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
-    for wanted in _speedups(speedup) or (None,):
+
+    def at(wanted: float | None) -> dict[str, Any]:
         found = api.evaluate(model, data, tokenizer=tokenizer, split=split, progress=True, speedup=wanted)
-        record: dict[str, Any] = {"task": data.name, "examples": len(found.labels), "metrics": found.metrics}
-        record = {"speedup": wanted, **record} if wanted is not None else record
-        _show(record, as_json, partial(typer.echo, _numbers(record)))
+        return {"task": data.name, "examples": len(found.labels), "metrics": found.metrics}
+
+    _show_settings(at, _speedups(speedup), as_json)
 
 
 @app.command()
@@ -341,6 +341,25 @@ def _show(record: Any, as_json: bool, human: Callable[[], None]) -> None:
         typer.echo(json.dumps(record))
     else:
         human()
+
+
+def _show_settings(at: Callable[[float | None], dict[str, Any]], speedups: list[float] | None, as_json: bool) -> None:
+    """Print what is found where the dial stands, or a line for each speed-up (as JSON, one object with `rows`)."""
+
+    def line(record: dict[str, Any]) -> None:
+        typer.echo(_numbers({key: value for key, value in record.items() if key != "machine"}))
+
+    if speedups is None:
+        found = at(None)
+        _show(found, as_json, lambda: line(found))
+        return
+    rows = []
+    for wanted in speedups:
+        rows.append({"speedup": wanted, **at(wanted)})
+        if not as_json:
+            line(rows[-1])
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
 
 
 def _print_results(records: list[dict[str, Any]]) -> None:

@@ -35,6 +35,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.edits import Edit, apply_edits, edits_from_dicts, merge
+from secateur.edits.tokens import ATTRIBUTE
 from secateur.errors import InvalidModel, SecateurError
 from secateur.families import sites
 
@@ -90,14 +91,13 @@ class SecateurQuantizer(HfQuantizer):
     """Shapes the empty model by its edits before transformers reads the weights."""
 
     quantization_config: SecateurConfig
-    _reading = False  # whether weights are being read from a folder
+    _reading = False  # whether weights that `save_pretrained` wrote for this plug-in are being read
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        self._reading = True
-        for file in kwargs.get("checkpoint_files") or ():
-            self._check_digest(Path(file))
+        stored = [self._check_digest(Path(file)) for file in kwargs.get("checkpoint_files") or ()]
+        self._reading = any(stored)  # weights that something else wrote beside these edits carry no guard
         apply_edits(model, self.quantization_config.edits, empty=True)
-        if self._guarded():
+        if self._reading and self._guarded():
             owner, name = guarded_parameter(model)
             _reshape(owner, name, lambda weight: weight[None])
         return model
@@ -114,7 +114,8 @@ class SecateurQuantizer(HfQuantizer):
     def _guarded(self) -> bool:
         return not any(edit.changes_shapes for edit in self.quantization_config.edits)
 
-    def _check_digest(self, file: Path) -> None:
+    def _check_digest(self, file: Path) -> bool:
+        """Return whether the file was written for this plug-in."""
         if file.suffix != ".safetensors":
             raise InvalidModel(f"{file.name} is not a safetensors file: secateur opens no pickled weights.")
         with safe_open(file, framework="pt") as weights:
@@ -124,6 +125,7 @@ class SecateurQuantizer(HfQuantizer):
                 f"The edits in config.json are not those {file.name} was saved with: restore config.json or "
                 f"compress again."
             )
+        return stored is not None
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
         self.quantization_config.edits = edits_of(model)
@@ -151,6 +153,13 @@ def edits_of(model: nn.Module) -> list[Edit]:
     """The edits a model carries, in order; empty for a model that secateur did not change."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return [edit.present(model) for edit in config.edits] if isinstance(config, SecateurConfig) else []
+
+
+def carry_edits(source: nn.Module, target: nn.Module) -> None:
+    """Let a model with the same body as another save its edits, and turn its dial."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", ATTRIBUTE):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
 
 
 def guarded_parameter(model: nn.Module) -> tuple[nn.Module, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import secateur
@@ -102,8 +102,7 @@ def test_verbs_turn_the_dial(made: tuple[Path, secateur.Result], tmp_path: Path)
     texts = tmp_path / "validation.csv"
     task.validation.to_csv(texts)  # type: ignore[union-attr]
     run = CliRunner().invoke(app, ["evaluate", str(out), "--task", str(texts), "--speedup", "1,2", "--json"])
-    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert [line["speedup"] for line in lines] == [1.0, 2.0]
+    assert [row["speedup"] for row in json.loads(run.stdout.splitlines()[-1])["rows"]] == [1.0, 2.0]
     run = CliRunner().invoke(app, ["dial", str(out), "--seconds", "0.1", "--speedup", "1,2"])
     assert run.exit_code == 0
     assert "speed-up" in run.stdout
@@ -145,6 +144,10 @@ def test_acc_of_uniform_attention_is_rho() -> None:
     [
         ({"train_speedup": 1.0}, None, "train_speedup is above 1"),
         ({"ramp": 2.0}, None, "ramp is a share"),
+        ({"beta": 1}, None, "beta is a share, from 0 to below 1"),
+        ({"least": 0}, None, "least is above 0"),
+        ({"dropout": 1.5}, None, "dropout is a share"),
+        ({"train_speedup": 20}, None, "train_speedup=20 is beyond this model's reach at 12 tokens, 3.7"),
         ({"acc": "median"}, None, "acc is mass or participation or entropy or count"),
         (
             {},
@@ -176,7 +179,8 @@ def test_structured_methods_take_no_speedup() -> None:
 def _compress(model: Path, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
     code = f"""
 import torch; torch.set_num_threads(1)
-import secateur
+import secateur, secateur.train.loop
+secateur.train.loop.CHECKPOINT_SECONDS = 0
 from tests.contract.test_late import LATE
 from tests.contract.test_methods import tiny_task
 secateur.compress({str(model)!r}, secateur.Late(**{{**LATE, "epochs": 6}}), task=tiny_task(200), out={str(out)!r},
@@ -194,10 +198,13 @@ def test_killed_training_resumes_to_the_same_model(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     assert _compress(tmp_path / "dense", tmp_path / "whole").wait(300) == 0
     run = _compress(tmp_path / "dense", tmp_path / "out")
+    checkpoints = tmp_path / "out.run" / "training"
     deadline = time.monotonic() + 300
-    while not (tmp_path / "out.run" / "acc.seconds").exists() and run.poll() is None and time.monotonic() < deadline:
+    while (
+        len(list(checkpoints.glob("checkpoint-*/complete"))) < 2 and run.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.002)
-    time.sleep(0.3)
+    assert run.poll() is None  # killed in the middle of the training
     run.send_signal(signal.SIGKILL)
     run.wait()
     last = _compress(tmp_path / "dense", tmp_path / "out", resume=True)
@@ -225,3 +232,43 @@ def test_a_control_that_chooses_at_random_keeps_the_same_counts(made: tuple[Path
         assert not torch.allclose(result.model(**batch).logits, before)
         dial.selection = usual
         assert torch.equal(result.model(**batch).logits, before)
+
+
+def test_a_budget_beyond_train_speedup_is_trained_for(tmp_path: Path) -> None:
+    result = compress(
+        tiny_model("bert"),
+        secateur.Late(**{**LATE, "train_speedup": 1.2}),
+        task=tiny_task(),
+        tokenizer=tiny_tokenizer(),
+        budget="speedup>=2",
+    )
+    assert result.after.macs <= result.before.macs / 2
+
+
+@pytest.mark.parametrize("wanted", ["50%", "8ms,macs<=1"])
+def test_latency_budgets_are_times(made: tuple[Path, secateur.Result], wanted: str) -> None:
+    with pytest.raises(InvalidBudget, match="A latency budget is a time, such as '8ms'"):
+        dial_of(made[1].model).latency_budget = wanted
+
+
+def test_a_model_with_a_turned_dial_is_sliced(made: tuple[Path, secateur.Result]) -> None:
+    """Heads and neurons are judged with the dial at 1, which stays where it was on the model as given."""
+    model = made[1].model
+    before = dial_of(model).alpha
+    setting = secateur.Optin(batches=1, batch_size=8, probes=2, tune_batches=1, multiple=8)
+    result = compress(model, setting, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="macs<=70%")
+    assert dial_of(model).alpha == before > 0
+    assert [edit["type"] for edit in result.edits] == ["drop_tokens", "slice"]
+    assert result.after.macs <= 0.7 * result.before.macs
+    assert dial_of(result.model).alpha == 0
+    dial_of(result.model).speedup = 1.5
+    assert dial_of(result.model).speedup >= 1.5
+
+
+def test_a_new_head_keeps_the_dial(made: tuple[Path, secateur.Result], tmp_path: Path) -> None:
+    body = AutoModel.from_pretrained(made[0])
+    folder = secateur.finetune(
+        body, tiny_tokenizer(), tiny_task(), tmp_path / "again", epochs=1, batch_size=16, max_length=32
+    )
+    again = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert dial_of(again).alpha == dial_of(made[1].model).alpha

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import secateur.hub as hub
 from secateur.edits import DropTokens, Slice, apply_edits
+from secateur.errors import InvalidData, SecateurError, UnsupportedModel
+from secateur.subnetwork import SubNetwork
 from secateur.tokens.specs import TOKEN_SPECS
 from secateur.tokens.state import Pass
 from tests.conftest import tiny_batch, tiny_model
@@ -79,10 +83,17 @@ def test_packed_equals_padded(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "packed"), FORMS)
-def test_an_example_does_not_depend_on_its_batch(family: str, packed: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "smoothed", "headless"])
+def test_an_example_does_not_depend_on_its_batch(family: str, packed: bool, how: str) -> None:
     lengths = (9, 4, 13, 9, 1)
     batch = ragged(lengths)
-    model, _ = dialled(family, 1.0, packed)
+    model = tiny_model(family)
+    if how == "headless":
+        sub = SubNetwork.full(model)
+        heads = (sub.heads[0], (False,) * len(sub.heads[1]), sub.heads[2])
+        apply_edits(model, [Slice(replace(sub, heads=heads))])
+    DropTokens(profile=(0.8, 0.55, 0.3), tokens=16, alpha=1.0, beta=0.5 if how == "smoothed" else 0.0).apply(model)
+    model.secateur.packed = packed  # type: ignore[union-attr]
     found = logits(model, batch)
     wide = ragged(lengths, width=20)  # the same texts, more padding
     torch.testing.assert_close(logits(model, wide), found, atol=1e-5, rtol=1e-5)
@@ -175,7 +186,7 @@ def test_slices_and_elimination_compose(family: str, tmp_path: Path) -> None:
     hub.attach(model, edits)
     plain = tiny_model(family)
     apply_edits(plain, edits)
-    with model.secateur.dense():  # type: ignore[union-attr, operator]
+    with model.secateur.at(0.0):  # type: ignore[union-attr, operator]
         torch.testing.assert_close(logits(model, batch), logits(plain, batch), atol=1e-6, rtol=1e-5)
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -227,3 +238,71 @@ def test_dropped_tokens_get_gradients_from_their_keys_and_values_only(monkeypatc
     reached = states[0].grad[0].abs().sum(dim=-1) > 0  # type: ignore[index]
     assert int(reached.sum()) == 8
     assert bool((embedded.grad[0].abs().sum(dim=-1) > 0).all())  # type: ignore[index]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_encoders_run_as_decoders_are_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModel, match="set is_decoder and add_cross_attention to False"):
+        DropTokens(profile=(0.8, 0.55, 0.3)).apply(tiny_model(family, is_decoder=True))
+
+
+def test_deberta_with_a_convolution_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="conv_kernel_size"):
+        DropTokens(profile=(0.8, 0.55, 0.3)).apply(tiny_model("deberta-v2", conv_kernel_size=3))
+
+
+@pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
+def test_states_of_every_layer_are_there_only_while_dense(flag: str) -> None:
+    model, dial = dialled("bert", 1.0)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    with pytest.raises(InvalidData, match=f"{flag} with tokens eliminated"):
+        model(**ragged((9, 4)), **{flag: True})
+    dial.speedup = 1
+    assert len(model(**ragged((9, 4)), **{flag: True})[1]) >= 3
+
+
+def test_gradient_checkpointing_is_refused_while_turned() -> None:
+    model, dial = dialled("bert", 1.0)
+    model.train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()  # type: ignore[operator]
+    with pytest.raises(SecateurError, match="gradient checkpointing"):
+        model(**ragged((9, 4)), labels=torch.tensor([0, 1]))
+    dial.speedup = 1
+    model(**ragged((9, 4)), labels=torch.tensor([0, 1])).loss.backward()
+
+
+def test_a_dense_dial_takes_every_mask_that_the_model_takes() -> None:
+    model, _ = dialled("bert", 0.0)
+    batch = ragged((9, 9))
+    square = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    wanted = logits(tiny_model("bert"), {**batch, "attention_mask": square})
+    assert torch.equal(logits(model, {**batch, "attention_mask": square}), wanted)
+
+
+def test_weights_that_something_else_saved_beside_the_edits_open(tmp_path: Path) -> None:
+    model = attached("bert", 1.0)
+    model.base_model.save_pretrained(tmp_path)  # type: ignore[operator, union-attr]
+    again = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(again.embeddings.word_embeddings.weight, model.base_model.embeddings.word_embeddings.weight)  # type: ignore[union-attr]
+    assert again.secateur.alpha == 1.0
+
+
+def test_costs_follow_a_later_slice() -> None:
+    model, dial = dialled("bert", 1.0)
+    before = dial.speedup
+    apply_edits(model, [Slice(cut(model, "layer without neurons"))])
+    assert dial.speedup != before
+    assert dial.speedup == copy.deepcopy(model).secateur.speedup  # type: ignore[union-attr]
+
+
+def test_settings_within_a_context_are_of_one_thread() -> None:
+    model, dial = dialled("bert", 1.0)
+    batch = ragged((9, 4))
+    turned = logits(model, batch)
+    with dial.at(0.0), ThreadPoolExecutor(1) as pool:
+        assert dial.alpha == 0.0
+        assert torch.equal(logits(model, batch), logits(tiny_model("bert"), batch))
+        assert torch.equal(pool.submit(logits, model, batch).result(), turned)
+        dial.alpha = 2.0  # set for good, in force after the context
+    assert dial.alpha == 2.0

@@ -29,7 +29,7 @@ def time_settings(
     seconds: float = 4.0,
     min_runs: int = 10,
 ) -> list[Timing]:
-    """Time forward passes at several settings, in turns; the dial is put back afterwards.
+    """Time forward passes at several settings, in turns; the dial itself is not touched.
 
     Args:
         model: a model with a dial.
@@ -40,34 +40,30 @@ def time_settings(
         seconds: how long to measure all of them together.
         min_runs: passes at each setting to measure even if that takes longer.
     """
-    before = dial.alpha
     forward = pass_of(model, batch, tokens)
 
     def at(alpha: float) -> Callable[[], None]:
         def run() -> None:
-            dial.alpha = alpha
-            forward()
+            with dial.at(alpha):
+                forward()
 
         return run
 
-    try:
-        with evaluation(model), torch.inference_mode():
-            samples = sample({str(i): at(alpha) for i, alpha in enumerate(alphas)}, seconds, min_runs)
-    finally:
-        dial.alpha = before
+    with evaluation(model), torch.inference_mode():
+        samples = sample({str(i): at(alpha) for i, alpha in enumerate(alphas)}, seconds, min_runs)
     return [summarise(values, model, batch, tokens) for values in samples.values()]
 
 
 def alpha_for_latency(
     model: nn.Module, dial: Dial, milliseconds: float, batch: int, tokens: int, *, seconds: float = 4.0
 ) -> float:
-    """The smallest setting, between those of `GRID`, whose measured median meets a latency.
+    """The smallest setting, between those of `GRID` and the reach, whose measured median meets a latency.
 
     Raises:
         InvalidBudget: none does; the message gives the fastest.
     """
     reach = dial.reach
-    alphas = [dial.alpha_for(speedup) for speedup in GRID if speedup <= reach]
+    alphas = [dial.alpha_for(speedup, tokens) for speedup in (*(k for k in GRID if k < reach), reach)]
     medians = [timing.median for timing in time_settings(model, dial, alphas, batch, tokens, seconds=seconds)]
     found = interpolated(alphas, medians, milliseconds)
     if found is None:

@@ -14,6 +14,9 @@ from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
 from secateur.tokens.scores import counts, shares
 
+FASTEST = 1e6
+"""A dial setting beyond which nothing changes."""
+
 PRECISION = 1e-4
 """Of the dial setting that bisection finds."""
 
@@ -74,7 +77,7 @@ class TokenCosts:
         if speedup == 1:
             return 0.0
         low, high = 0.0, 1.0
-        reach = self.at(m, 1e6, tokens, least, protected)
+        reach = self.at(m, FASTEST, tokens, least, protected)
         if reach < speedup:
             raise InvalidBudget(
                 f"A speed-up of {speedup:g} is beyond this model's reach at {tokens} tokens: the largest is "

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, get_args
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from secateur.costs.budget import Budget
 from secateur.costs.dial import alpha_for_latency
-from secateur.costs.tokens import TokenCosts, token_costs
-from secateur.errors import InvalidData, InvalidModel, SecateurError, UnsupportedModel
+from secateur.costs.tokens import FASTEST, TokenCosts, token_costs
+from secateur.errors import InvalidBudget, InvalidData, InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import sites
 from secateur.tokens import handover
 from secateur.tokens.scores import Weighting, shares
 from secateur.tokens.state import Pass, Selection
+
+Model = TypeVar("Model", bound=nn.Module)
 
 ATTRIBUTE = "secateur"
 """The attribute of a model that holds its dial."""
@@ -87,7 +92,7 @@ class DropTokens:
         if spec.probabilities and self.weighting == "value":
             raise UnsupportedModel(f"'{found.family.name}' models score tokens by attention alone: use 'attention'.")
         dial = Dial(model, self)
-        handover.install(model, dial.begin)
+        handover.install(model, dial)
         setattr(model, ATTRIBUTE, dial)
 
     def present(self, model: nn.Module) -> DropTokens:
@@ -115,6 +120,23 @@ class DropTokens:
             raise InvalidModel(f"config.json: the drop_tokens edit cannot be read: {error}") from None
 
 
+@dataclass(frozen=True)
+class _Now:
+    """What one thread does with a dial for a while.
+
+    Attributes:
+        alpha: the setting.
+        watch: called with each pass, in which every layer scores and none eliminates.
+    """
+
+    alpha: float = 0.0
+    watch: Callable[[Pass], None] | None = None
+
+
+_NOW: ContextVar[Mapping[int, _Now]] = ContextVar("secateur_dials", default=MappingProxyType({}))
+"""By identity of the dial: settings that hold in this thread, within a context."""
+
+
 class Dial:
     """Speed-up of a model at run time, without further training: `model.secateur`.
 
@@ -125,10 +147,10 @@ class Dial:
 
     def __init__(self, model: nn.Module, edit: DropTokens) -> None:
         self._edit = edit
-        self._costs: TokenCosts | None = None
+        self._costs: tuple[object, TokenCosts] | None = None
         self._model = model
         self._can_pack = handover.packs(model)
-        self._watch: Callable[[Pass], None] | None = None
+        self._latency_budget: float | None = None
         self.packed: bool | None = None
         self.selection = Selection(
             edit.weighting, edit.diagonal, edit.beta, edit.protected, edit.recent, causal=handover.is_causal(model)
@@ -138,14 +160,15 @@ class Dial:
     @property
     def alpha(self) -> float:
         """The exponent α on the profile: 0 is the dense model, larger is faster."""
-        return self._alpha
+        now = _NOW.get().get(id(self))
+        return self._alpha if now is None else now.alpha
 
     @alpha.setter
     def alpha(self, value: float) -> None:
         if not (value >= 0 and math.isfinite(value)):
             raise SecateurError(f"alpha is a number from 0 (the dense model) upwards, not {value}.")
         self._alpha = float(value)
-        self._latency_budget: float | None = None
+        self._latency_budget = None
 
     @property
     def tokens(self) -> int:
@@ -164,11 +187,12 @@ class Dial:
 
     @property
     def costs(self) -> TokenCosts:
-        """MACs of the layers."""
-        if self._costs is None:
-            with self.dense():
-                self._costs = token_costs(self._model)
-        return self._costs
+        """MACs of the layers, as wide as they are now."""
+        widths = tuple(site.units for site in sites(self._model))
+        if self._costs is None or self._costs[0] != widths:
+            with self.at(0.0):
+                self._costs = (widths, token_costs(self._model))
+        return self._costs[1]
 
     @property
     def speedup(self) -> float:
@@ -178,6 +202,37 @@ class Dial:
     @speedup.setter
     def speedup(self, value: float) -> None:
         self.alpha = self.alpha_for(value)
+
+    @property
+    def reach(self) -> float:
+        """The largest speed-up."""
+        return self.speedup_at(FASTEST)
+
+    @property
+    def latency_budget(self) -> float | None:
+        """Milliseconds that were asked for one example of `tokens` tokens here; None if a speed-up was."""
+        return self._latency_budget
+
+    @latency_budget.setter
+    def latency_budget(self, wanted: str | float) -> None:
+        text = f"{wanted}ms" if isinstance(wanted, (int, float)) else wanted
+        terms = Budget.parse(f"latency<={text}").terms
+        if len(terms) > 1 or terms[0].unit == "%":
+            raise InvalidBudget(f"A latency budget is a time, such as '8ms', not '{text}'.")
+        milliseconds = terms[0].limit(0)
+        self.alpha = alpha_for_latency(self._model, self, milliseconds, 1, self.tokens)
+        self._latency_budget = milliseconds
+
+    @property
+    def edit(self) -> DropTokens:
+        """The edit with the present setting, as it is saved."""
+        return replace(self._edit, alpha=self._alpha)
+
+    @property
+    def active(self) -> bool:
+        """Whether the next pass of this thread eliminates or watches tokens."""
+        now = _NOW.get().get(id(self))
+        return self._alpha > 0 if now is None else now.alpha > 0 or now.watch is not None
 
     def speedup_at(self, alpha: float, tokens: int | None = None) -> float:
         """The speed-up of a setting at a length."""
@@ -194,71 +249,58 @@ class Dial:
         edit = self._edit
         return self.costs.solve(edit.profile, speedup, tokens or edit.tokens, edit.least, edit.protected + edit.recent)
 
-    @property
-    def reach(self) -> float:
-        """The largest speed-up."""
-        return self.speedup_at(1e6)
+    def at(self, alpha: float) -> AbstractContextManager[None]:
+        """Another setting within the context, for this thread alone; 0 is the dense model."""
+        return self._now(_Now(alpha))
 
-    @property
-    def latency_budget(self) -> float | None:
-        """Milliseconds that were asked for one example of `tokens` tokens here; None if a speed-up was."""
-        return self._latency_budget
-
-    @latency_budget.setter
-    def latency_budget(self, wanted: str | float) -> None:
-        text = f"{wanted}ms" if isinstance(wanted, (int, float)) else wanted
-        milliseconds = Budget.parse(f"latency<={text}").terms[0].limit(0)
-        self.alpha = alpha_for_latency(self._model, self, milliseconds, 1, self.tokens)
-        self._latency_budget = milliseconds
-
-    @property
-    def edit(self) -> DropTokens:
-        """The edit with the present setting, as it is saved."""
-        return replace(self._edit, alpha=self.alpha)
-
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """The dense model within the context."""
-        before, self._alpha = self._alpha, 0.0
-        try:
-            yield
-        finally:
-            self._alpha = before
-
-    @contextmanager
-    def watch(self, seen: Callable[[Pass], None]) -> Iterator[None]:
-        """The dense model within the context, scoring its tokens in every layer.
+    def watch(self, seen: Callable[[Pass], None]) -> AbstractContextManager[None]:
+        """The dense model within the context, scoring its tokens in every layer, for this thread alone.
 
         Args:
             seen: called with each pass at its beginning; after it, `Pass.seen` holds the scores by layer.
         """
-        self._watch = seen
+        return self._now(_Now(watch=seen))
+
+    @contextmanager
+    def _now(self, now: _Now) -> Iterator[None]:
+        token = _NOW.set({**_NOW.get(), id(self): now})
         try:
             yield
         finally:
-            self._watch = None
+            _NOW.reset(token)
 
-    def begin(self, real: Tensor) -> Pass | None:
-        """Begin a forward pass: None for the dense model.
+    def begin(self, real: Tensor) -> Pass:
+        """Begin a forward pass.
 
         Args:
             real: True for real tokens, (batch, tokens).
 
         Raises:
             InvalidData: an example without a single real token.
+            SecateurError: gradient checkpointing, which runs layers again when the pass is over.
         """
-        if self._watch is None and self.alpha == 0:
-            return None
         if not bool(real.any(dim=-1).all()):
             row = int((~real.any(dim=-1)).nonzero()[0])
             raise InvalidData(f"Row {row} of the attention_mask has no real token: give each text at least one.")
+        if self._model.training and _runs_layers_again(self._model):
+            raise SecateurError("Token elimination cannot be trained with gradient checkpointing: turn it off.")
         packed = self._can_pack if self.packed is None else self.packed
         if packed and not self._can_pack:
             raise UnsupportedModel("This family's attention cannot run packed: set model.secateur.packed = False.")
-        now = Pass(real, None if self._watch is not None else self.shares, self.selection, packed)
-        if self._watch is not None:
-            self._watch(now)
-        return now
+        now = _NOW.get().get(id(self))
+        watch = None if now is None else now.watch
+        made = Pass(real, None if watch is not None else self.shares, self.selection, packed)
+        if watch is not None:
+            watch(made)
+        return made
+
+
+def _runs_layers_again(model: Any) -> bool:
+    """Whether gradients are checkpointed; the property's name depends on the release of transformers."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(model, name):
+            return bool(getattr(model, name))
+    return False
 
 
 def dial_of(model: nn.Module) -> Dial:
@@ -274,8 +316,8 @@ def dial_of(model: nn.Module) -> Dial:
 
 
 @contextmanager
-def turned_to(model: nn.Module, speedup: float | None) -> Iterator[None]:
-    """The model's dial at a speed-up within the context; None leaves it where it stands.
+def turned_to(model: nn.Module, speedup: float | None, tokens: int | None = None) -> Iterator[None]:
+    """The model's dial at a speed-up (for texts of so many tokens) within the context; None leaves it as it is.
 
     Raises:
         SecateurError: the model has no dial, or the speed-up is below 1.
@@ -285,9 +327,15 @@ def turned_to(model: nn.Module, speedup: float | None) -> Iterator[None]:
         yield
         return
     dial = dial_of(model)
-    before = dial.alpha
-    dial.speedup = speedup
-    try:
+    with dial.at(dial.alpha_for(speedup, tokens)):
         yield
-    finally:
-        dial.alpha = before
+
+
+def at_rest(model: Model) -> Model:
+    """The model with its dial, if it has one, at 1: itself, or a copy if it stands elsewhere."""
+    dial = getattr(model, ATTRIBUTE, None)
+    if not isinstance(dial, Dial) or dial.alpha == 0:
+        return model
+    twin = copy.deepcopy(model)
+    dial_of(twin).alpha = 0.0
+    return twin

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from secateur import hub
@@ -34,7 +34,7 @@ class Late:
     """Hyper-parameters of LATE: ACC is measured, then the model learns to work with fewer tokens per layer.
 
     Attributes:
-        train_speedup: K at the end of the ramp.
+        train_speedup: K at the end of the ramp; the budget's, if that asks for more.
         epochs, lr, batch_size: of the training with elimination.
         ramp: share of the steps over which the dial rises from 0 to its setting for `train_speedup`.
         sandwich: after the ramp, half the steps draw the setting between dense and `train_speedup` and a quarter takes
@@ -83,9 +83,14 @@ class Late:
         check_fields(self)
         if self.train_speedup <= 1:
             raise SecateurError(f"late: train_speedup is above 1, not {self.train_speedup:g}.")
-        for name in ("ramp", "distill", "beta", "rho"):
+        for name in ("ramp", "distill", "rho", "least"):
             if getattr(self, name) > 1:
                 raise SecateurError(f"late: {name} is a share, from 0 to 1, not {getattr(self, name):g}.")
+        for name in ("beta", "dropout"):
+            if (getattr(self, name) or 0) >= 1:
+                raise SecateurError(f"late: {name} is a share, from 0 to below 1, not {getattr(self, name):g}.")
+        if self.least == 0:
+            raise SecateurError("late: least is above 0: some tokens go on.")
 
     def run(self, job: Job) -> Outcome:
         """Measure ACC, train with elimination, set the dial to the budget."""
@@ -96,11 +101,17 @@ class Late:
         edit = self._edit(profile(acc), job)
         edit.apply(model)
         dial = dial_of(model)
-        goal = dial.alpha_for(self.train_speedup)
         asked = job.run.record("setting", lambda: setting_for(job, model))  # refused, if so, before the long part
+        if self.train_speedup > dial.reach:
+            raise SecateurError(
+                f"late: train_speedup={self.train_speedup:g} is beyond this model's reach at {job.tokens} tokens, "
+                f"{dial.reach:.3g}: ask for less."
+            )
+        goal = max(dial.alpha_for(self.train_speedup), asked)
         trained = job.run.tensors("train", lambda: self._train(model, job, goal))
         model.load_state_dict(trained)
         dial.alpha = asked
+        nn.Module.to(model, job.model.device)  # training may have left it elsewhere
         hub.attach(model.eval(), [edit])
         full = SubNetwork.full(model)
         counted = {"macs": macs(model, job.batch, job.tokens).of(full), "params": params(model).of(full)}
@@ -204,7 +215,7 @@ def setting_for(job: Job, model: PreTrainedModel) -> float:
     """
     dial = dial_of(model)
     found = 0.0
-    with dial.dense():
+    with dial.at(0.0):
         dense = macs(model, job.batch, job.tokens).of(SubNetwork.full(model)) / job.batch
     layers = dial.costs.macs(job.tokens, [job.tokens] * len(dial.profile))
     for constraint in job.constraints:

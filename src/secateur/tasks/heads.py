@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from secateur.errors import InvalidModel
-from secateur.hub import open_model, open_tokenizer
+from secateur.hub import carry_edits, open_model, open_tokenizer
 from secateur.tasks.task import Task, label_config
 
 if TYPE_CHECKING:
@@ -76,4 +76,5 @@ def _with_head(model: PreTrainedModel, labels: dict[str, Any]) -> PreTrainedMode
         ) from error
     body: nn.Module = model.base_model
     setattr(net, net.base_model_prefix, body)
+    carry_edits(model, net)
     return net

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,19 @@ from secateur.tokens.attention import AttentionConfig
 from secateur.tokens.specs import TOKEN_SPECS, Carried, TokenSpec
 from secateur.tokens.state import CURRENT, Continuation, Pass
 
-Begin = Callable[[Tensor], Pass | None]
-"""Given the real tokens of a batch, (batch, tokens), the pass to run; None for the dense model."""
+
+class Beginner(Protocol):
+    """What decides about a forward pass: the dial."""
+
+    @property
+    def active(self) -> bool:
+        """Whether tokens are eliminated or watched; else the model runs as if nothing was installed."""
+        ...
+
+    def begin(self, real: Tensor) -> Pass:
+        """Return the pass to run, given the real tokens of a batch, (batch, tokens)."""
+        ...
+
 
 CACHED = "secateur_cached"
 """Attribute of a key-value cache: which keys of each layer are real, (batch, keys)."""
@@ -50,20 +61,21 @@ def is_causal(model: nn.Module) -> bool:
     return token_spec(sites(model)).causal
 
 
-def install(model: nn.Module, begin: Begin) -> None:
+def install(model: nn.Module, beginner: Beginner) -> None:
     """Put the hooks into a model, in place.
 
     Args:
         model: an encoder of a family in `TOKEN_SPECS`.
-        begin: called at the start of each forward pass.
+        beginner: asked at the start of each forward pass.
 
     Raises:
-        UnsupportedModel: a family whose tokens cannot be eliminated.
+        UnsupportedModel: a family, or a variant of one, whose tokens cannot be eliminated.
     """
     found = sites(model)
     spec = token_spec(found)
     base = getattr(model, "base_model", model)
-    base.register_forward_pre_hook(_Enter(base, begin), with_kwargs=True)
+    _check_variant(model, base, spec)
+    base.register_forward_pre_hook(_Enter(base, beginner), with_kwargs=True)
     base.register_forward_hook(_Leave(), always_call=True)
     layers = list(base.get_submodule(FAMILIES[found.family.name].stacks[0].layers).children())
     heads = {site.layer: site for site in found.heads}
@@ -83,6 +95,19 @@ def install(model: nn.Module, begin: Begin) -> None:
     layers[-1].register_forward_hook(_End())
 
 
+def _check_variant(model: nn.Module, base: nn.Module, spec: TokenSpec) -> None:
+    config: Any = model.config
+    if getattr(config, "add_cross_attention", False) or (getattr(config, "is_decoder", False) and not spec.causal):
+        raise UnsupportedModel(
+            f"A '{config.model_type}' model as a decoder hands on no tokens: set is_decoder and add_cross_attention "
+            "to False in its config."
+        )
+    if getattr(getattr(base, "encoder", None), "conv", None) is not None:
+        raise UnsupportedModel(
+            "This DeBERTa mixes neighbouring tokens by a convolution (conv_kernel_size > 0): its tokens cannot go."
+        )
+
+
 def _parameters(module: nn.Module) -> list[str]:
     """Names of the arguments of a module's forward pass, in order."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
@@ -96,25 +121,37 @@ def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 class _Enter:
     """Before the model: begin a pass."""
 
-    def __init__(self, base: nn.Module, begin: Begin) -> None:
+    def __init__(self, base: nn.Module, beginner: Beginner) -> None:
         self.names = _parameters(base)
-        self.begin = begin
+        self.beginner = beginner
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        CURRENT.set(None)
         given = _named(self.names, args, kwargs)
+        cached = _continued(given.get("past_key_values"))
+        if cached is None and not self.beginner.active:
+            return
         mask, inputs = given.get("attention_mask"), given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             return  # the model's own error is clearer
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise InvalidData("Token elimination reads an attention_mask of shape (batch, tokens).")
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = given.get(name)
+            if getattr(module.config, name, False) if asked is None else asked:
+                raise InvalidData(f"{name} with tokens eliminated: each layer has another length. Turn the dial to 1.")
         cache = given.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            cached = getattr(cache, CACHED, None)
-            CURRENT.set(None if cached is None else Continuation(inputs.shape[0], inputs.shape[1], cached))
-            return
-        real = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        CURRENT.set(self.begin(real))
+        if cached is not None:
+            CURRENT.set(Continuation(inputs.shape[0], inputs.shape[1], cached))
+        elif cache is None or cache.get_seq_length() == 0:  # else a dense prompt goes on densely
+            real = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            CURRENT.set(self.beginner.begin(real))
+
+
+def _continued(cache: Any) -> list[Tensor] | None:
+    """The real keys of each layer of a cache that holds an eliminated prompt."""
+    return None if cache is None or cache.get_seq_length() == 0 else getattr(cache, CACHED, None)
 
 
 class _Leave:
@@ -149,7 +186,8 @@ class _Begin:
             if given.get(name) is not None:
                 given[name] = _CUT[kind](given[name], now, self.attention)
         given["attention_mask"] = _padding_mask(self.spec, now, given["hidden_states"])
-        return (), given
+        # the hidden states stay an argument by position, which is where transformers' own hooks look for them
+        return (given.pop("hidden_states"),), given
 
 
 class _Watch:

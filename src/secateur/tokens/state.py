@@ -86,7 +86,10 @@ class Pass:
         self.layer = layer
         self.columns = None
         self.cached.append(self.layout.valid)
-        self.scoring = self.watching or self.target != self.layout.lengths
+        # whatever other examples do, an example's score comes from the same layers: its own, or all of them
+        self.scoring = self.watching or self.selection.beta > 0 or self.target != self.layout.lengths
+        if self.selection.beta == 0:
+            self._score = None
 
     def score(self, probabilities: Tensor, real: Tensor, values: Tensor | None) -> Tensor:
         """Score the tokens of a padded block of attention."""
@@ -105,11 +108,11 @@ class Pass:
 
         `columns` then says where they are in the layout before, (batch, new width), ascending.
         """
-        if not self.scoring or self.watching:
+        if self.watching or self.target == self.layout.lengths:
             return
         before, lengths = self.layout, self.target
         score = self._score
-        if score is None:  # no layer so far has heads to score with: keep the first tokens
+        if score is None:  # the layer has no heads to score with: keep the first tokens
             score = torch.arange(0, -before.slots.shape[1], -1, device=before.slots.device).float()
             score = score.expand(before.slots.shape)
         if self.selection.chooser is not None:
@@ -182,8 +185,7 @@ class Continuation(Pass):
 
     def __init__(self, batch: int, tokens: int, cached: list[Tensor]) -> None:
         real = cached[0].new_ones(batch, tokens)
-        super().__init__(real, None, Selection(causal=True), packed=False)
-        self.watching = False
+        super().__init__(real, (1.0,) * len(cached), Selection(causal=True), packed=False)
         for layer, valid in enumerate(cached):
             cached[layer] = torch.cat([valid, real], dim=1)
         self.keys = cached

@@ -18,7 +18,7 @@ from secateur.errors import SecateurError
 from secateur.hub import save_folder, write_model
 from secateur.tasks.heads import open_base
 from secateur.tasks.task import Task, fingerprint
-from secateur.train.loop import COMPLETE, Settings, bf16_pays, fit, quiet
+from secateur.train.loop import Settings, bf16_pays, fit, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def finetune(
     bf16: bool | Literal["auto"] = "auto",
     resume: bool = False,
     progress: bool = False,
-    checkpoint_seconds: float = 60.0,
+    checkpoint_seconds: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
     """Fine-tune a model on a task and save it as a folder that `AutoModelForSequenceClassification` opens.
@@ -125,9 +125,6 @@ def _prepare_run(folder: Path, record: dict[str, Any], resume: bool) -> None:
             raise SecateurError(
                 f"{folder} holds a run with other settings, data or weights: use the same, or start anew without resume"
             )
-        for checkpoint in folder.glob("checkpoint-*"):
-            if not (checkpoint / COMPLETE).exists():  # a kill came while it was written
-                shutil.rmtree(checkpoint)
         return
     if folder.exists():
         shutil.rmtree(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAD_MULTIPLE = 8  # finer than for evaluation: a step costs so much that padding outweighs new shapes
+CHECKPOINT_SECONDS = 60.0
 COMPLETE = "complete"  # written into a checkpoint after everything else
 
 
@@ -76,7 +78,7 @@ def fit(
     objective: Objective | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = False,
-    seconds: float = 60.0,
+    seconds: float | None = None,
 ) -> None:
     """Train a live model in place on a task's training rows, and leave it in evaluation mode.
 
@@ -89,7 +91,7 @@ def fit(
         objective: the loss; the model's own if None.
         callbacks: more callbacks for the `Trainer`.
         progress: show progress on standard error.
-        seconds: time between checkpoints.
+        seconds: time between checkpoints; `CHECKPOINT_SECONDS` if None.
 
     Raises:
         InvalidData: if the task has no training rows.
@@ -100,10 +102,13 @@ def fit(
         model=model,
         args=_arguments(folder, settings),
         train_dataset=_Rows(rows),
-        callbacks=[_Checkpoints(seconds), *callbacks],
+        callbacks=[_Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds), *callbacks],
         objective=objective,
     )
     trainer.remove_callback(PrinterCallback)  # it writes to standard output
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).exists():  # a kill came while it was written
+            shutil.rmtree(checkpoint)
     start = last_checkpoint(folder)
     steps = -(-len(rows) // settings.batch_size) * settings.epochs
     with quiet(), show_progress(f"fine-tuning on {task.name}", steps, show=progress) as advance:

@@ -30,6 +30,8 @@ def distilled(teacher: PreTrainedModel, weight: float, temperature: float = 2.0)
 
     def objective(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         found = model(**batch)
+        if teacher.device != found.logits.device:
+            teacher.to(found.logits.device)
         with torch.no_grad():
             wanted = teacher(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         loss: torch.Tensor = (1 - weight) * found.loss + weight * output_distance(found.logits, wanted, temperature)

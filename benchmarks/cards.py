@@ -1,0 +1,75 @@
+"""Fill the tables of the docs from the kept results: the text between `<!-- begin name -->` and `<!-- end name -->`.
+
+python benchmarks/cards.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import late_quality
+import optin_quality
+from common import HERE
+
+DOCS = HERE.parent / "docs"
+SPLITS = ("validation", "test")
+
+
+def results(name: str) -> dict[str, Any] | None:
+    """A kept result, or None."""
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def optin_tables() -> str:
+    """Metric against MACs of every method."""
+    records = [record for task in ("sst2", "stsb") if (record := results(f"optin_quality_{task}"))]
+    return "\n\n".join(optin_quality.table(record, split) for record in records for split in SPLITS)
+
+
+def optin_differences() -> str:
+    """Paired differences to the dense model, seed by seed."""
+    lines = ["| task | split | MACs | OPTIN | PTF scores, same tuning |", "|---|---|---|---|---|"]
+    for task in ("sst2", "stsb"):
+        record = results(f"optin_quality_{task}")
+        for split in SPLITS:
+            for budget in optin_quality.BUDGETS:
+                cells = [_seeds(record, method, split, budget) for method in ("optin full", "ptf with our tuning")]
+                lines.append(f"| {task} | {split} | {budget} % | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _seeds(record: Any, method: str, split: str, budget: int) -> str:
+    rows = [row for row in record["rows"] if row["method"] == method and row["budget"] == budget]
+    found = [row[f"{split} difference"] for row in sorted(rows, key=lambda row: row["seed"])]
+    return "; ".join(f"{100 * d:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" for d, low, high in found) or "–"
+
+
+def late_tables() -> str:
+    """Metric against speed-up."""
+    records = [record for task in ("stsb", "sst2") if (record := results(f"late_quality_{task}"))]
+    return "\n\n".join(late_quality.table(record, split) for record in records for split in SPLITS)
+
+
+BLOCKS = {
+    "methods/optin.md": {"quality": optin_tables, "differences": optin_differences},
+    "methods/late.md": {"quality": late_tables},
+}
+
+
+def main() -> None:
+    for page, blocks in BLOCKS.items():
+        path: Path = DOCS / page
+        text = path.read_text("utf-8")
+        for name, make in blocks.items():
+            pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+            made = make().replace("\\", r"\\")
+            text = pattern.sub(rf"\g<1>\n{made}\n\g<2>", text)
+        path.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
