@@ -20,7 +20,7 @@ from secateur.costs.dial import time_settings
 from secateur.costs.latency import Timing, time_interleaved, time_model
 from secateur.costs.machine import fingerprint as machine_fingerprint
 from secateur.costs.tokens import FASTEST
-from secateur.edits.tokens import at_rest, dial_of, turned_to
+from secateur.edits.tokens import at_rest, dial_of, has_dial, turned_to
 from secateur.errors import InvalidData, SecateurError
 from secateur.exporting import export
 from secateur.families import sites
@@ -35,6 +35,7 @@ from secateur.tasks import evaluate as evaluate_model
 from secateur.tasks import fingerprint as data_fingerprint
 from secateur.tasks.batching import token_limit
 from secateur.tasks.heads import share_padding
+from secateur.tasks.metrics import compute, paired_bootstrap
 from secateur.train import finetune
 
 __all__ = ["compress", "dial", "evaluate", "export", "finetune", "measure", "plan"]
@@ -111,9 +112,9 @@ def compress(
     run = Run(_run_folder(out), identity, resume=resume)
     limits = _limits(run, asked, net, batch, length, chosen.cuts_units)
     job = Job(net, words, data, limits, run, batch, length, seed, progress)
-    before = _metrics(run, "evaluate before", net, words, data, rows, progress)
+    before = _judged(run, "evaluate before", net, words, data, rows, progress)
     outcome = chosen.run(job)
-    after = _metrics(run, "evaluate after", outcome.model, words, data, rows, progress)
+    after = _judged(run, "evaluate after", outcome.model, words, data, rows, progress)
     timings = run.timed(
         "measure", lambda: time_interleaved({"before": net, "after": outcome.model}, batch, length, seconds=seconds)
     )
@@ -127,15 +128,14 @@ def compress(
             "metric": data.metric,
             "split": rows,
             "examples": len(data.split(rows)),
+            "difference": paired_bootstrap(data.metric, before.logits, after.logits, before.labels),
         },
         method=_settings(chosen),
         budget=_reached(asked, limits, predicted, timings),
-        before=_measured(net, batch, length, before, timings["before"]),
-        after=_measured(outcome.model, batch, length, after, timings["after"]),
+        before=_measured(net, batch, length, before.metrics, timings["before"]),
+        after=_measured(outcome.model, batch, length, after.metrics, timings["after"]),
         predicted=predicted,
-        latency_setting={
-            k: v for k, v in asdict(timings["after"]).items() if k in ("batch", "tokens", "threads", "dtype")
-        },
+        latency_setting=_setting(timings["after"]),
         seconds=run.seconds,
         seed=seed,
         versions=versions(),
@@ -203,7 +203,7 @@ def dial(
     model: str | Path | PreTrainedModel,
     task: TaskLike | None = None,
     *,
-    speedups: Sequence[float] = SPEEDUPS,
+    speedups: Sequence[float] | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     split: str | None = None,
     batch: int = 1,
@@ -217,8 +217,8 @@ def dial(
     Args:
         model: a folder that `late` wrote, or a live model with a dial; its setting is left as it was.
         task: see `load_task`; None leaves the metric out.
-        speedups: settings to measure, for texts of `tokens` tokens; the dense model is always among them, those beyond
-            reach are left out.
+        speedups: settings to measure, for texts of `tokens` tokens; the dense model is always among them. None takes
+            those of `SPEEDUPS` that the model reaches.
         tokenizer: the model's tokenizer; read from the model's folder if None.
         split: rows to judge by; validation if the task has it, else test.
         batch: examples per pass, for MACs and milliseconds.
@@ -233,16 +233,18 @@ def dial(
         and `dial.html` in the model's folder, if it is one.
 
     Raises:
-        SecateurError: the model has no dial, or a speed-up is below 1.
+        SecateurError: the model has no dial, or a speed-up is below 1 or beyond reach.
+        InvalidData: the task's labels are not the model's.
     """
     net = _live(model)
     turned = dial_of(net)
     length = tokens or turned.tokens
     reach = turned.speedup_at(FASTEST, length)
-    alphas = {k: turned.alpha_for(k, length) for k in sorted({1.0, *speedups}) if not k > reach}
+    asked = [k for k in SPEEDUPS if k <= reach] if speedups is None else sorted({1.0, *speedups})
+    alphas = {k: turned.alpha_for(k, length) for k in asked}
+    data = check_labels(load_task(task, seed=seed), net) if task is not None else None
     timings = time_settings(net, turned, list(alphas.values()), batch, length, seconds=seconds)
     rows = []
-    data = load_task(task, seed=seed) if task is not None else None
     for (speedup, alpha), timing in zip(alphas.items(), timings, strict=True):
         row = {
             "speedup": speedup,
@@ -256,8 +258,7 @@ def dial(
             if data is not None:
                 row["metrics"] = evaluate(net, data, tokenizer=tokenizer, split=split, progress=progress).metrics
         rows.append(row)
-    setting = {"batch": batch, "tokens": length, "threads": timings[0].threads, "dtype": timings[0].dtype}
-    table = {"rows": rows, "setting": setting, "machine": machine_fingerprint(), "versions": versions()}
+    table = {"rows": rows, "setting": _setting(timings[0]), "machine": machine_fingerprint(), "versions": versions()}
     if isinstance(model, (str, Path)) and Path(model).is_dir():
         write_dial(table, Path(model))
     return table
@@ -267,7 +268,7 @@ def measure(
     model: str | Path | PreTrainedModel,
     *,
     batch: int = 1,
-    tokens: int = 128,
+    tokens: int | None = None,
     seconds: float = 4.0,
     speedup: float | None = None,
 ) -> dict[str, Any]:
@@ -276,7 +277,7 @@ def measure(
     Args:
         model: a folder, a hub id, or a live model.
         batch: examples per pass.
-        tokens: tokens per example.
+        tokens: tokens per example; None takes the length of the model's dial, or 128.
         seconds: how long to time.
         speedup: where to turn the model's dial for it; None leaves it where it stands.
 
@@ -284,11 +285,15 @@ def measure(
         MACs, parameters, bytes, latency in milliseconds, the setting and the machine.
     """
     net = _live(model)
-    with turned_to(net, speedup, tokens):
-        timing = time_model(net, batch, tokens, seconds=seconds)
-        counted = asdict(_measured(net, batch, tokens, {}, timing))
+    turned = dial_of(net) if has_dial(net) else None
+    length = tokens or (turned.tokens if turned else 128)
+    with turned_to(net, speedup, length):
+        timing = time_model(net, batch, length, seconds=seconds)
+        counted = asdict(_measured(net, batch, length, {}, timing))
+        if turned:
+            counted["speedup"] = turned.speedup_at(turned.alpha, length)
     counted.pop("metrics")
-    return {**counted, "setting": asdict(timing), "machine": machine_fingerprint()}
+    return {**counted, "setting": _setting(timing), "machine": machine_fingerprint()}
 
 
 def evaluate(
@@ -323,6 +328,11 @@ def _if_alike(limits: list[Constraint], full: SubNetwork, multiple: int) -> SubN
     heads, neurons = full.masks()
     share = sum(map(len, heads)) / max(sum(map(len, neurons)), 1)
     return allocate(UnitScores(heads, [share * mask for mask in neurons]), limits, multiple=multiple)
+
+
+def _setting(timing: Timing) -> dict[str, Any]:
+    """The shape, threads and precision at which MACs and milliseconds count."""
+    return {name: getattr(timing, name) for name in ("batch", "tokens", "threads", "dtype")}
 
 
 def _live(model: str | Path | PreTrainedModel) -> PreTrainedModel:
@@ -378,7 +388,7 @@ def _settings(method: Method) -> dict[str, Any]:
     return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
 
 
-def _metrics(
+def _judged(
     run: Run,
     stage: str,
     model: PreTrainedModel,
@@ -386,11 +396,13 @@ def _metrics(
     data: Task,
     split: str,
     progress: bool,
-) -> dict[str, float]:
-    found: dict[str, float] = run.record(
-        stage, lambda: evaluate_model(model, tokenizer, data, split, progress=progress).metrics
-    )
-    return found
+) -> Evaluation:
+    def outputs() -> dict[str, torch.Tensor]:
+        found = evaluate_model(model, tokenizer, data, split, progress=progress)
+        return {"logits": found.logits, "labels": found.labels}
+
+    kept = run.tensors(stage, outputs)
+    return Evaluation(compute(data, kept["logits"], kept["labels"]), kept["logits"], kept["labels"])
 
 
 def _measured(
@@ -431,15 +443,19 @@ def _reached(
     terms = []
     for term, constraint in zip(asked.terms, limits, strict=True):
         limit, reached = constraint.limit, predicted.get(COUNTED.get(term.counts, term.counts), 0.0)
+        met = reached <= limit
         if constraint.kind == "latency":
             limit, reached = term.limit(timings["before"].median), timings["after"].median
+            met = reached <= limit
+        if constraint.kind == "speedup":
+            limit, reached = term.value, term.value * limit / reached
         terms.append(
             {
                 "kind": constraint.kind,
                 "asked": f"{term.value:g}{term.unit}",
                 "limit": limit,
                 "reached": reached,
-                "met": reached <= limit,
+                "met": met,
             }
         )
     return {"text": asked.describe(), "terms": terms}

@@ -166,6 +166,7 @@ def compress(
     )
     record = result.to_dict()
     _show(record, as_json, lambda: _print_results([record]))
+    typer.echo(f"wrote {out}: the model, README.md, result.json, report.html", err=True)
     missed = [term for term in record["budget"]["terms"] if not term["met"]]
     for term in missed:
         typer.echo(f"secateur: measured {term['kind']} {term['reached']:.4g} misses {term['asked']}", err=True)
@@ -177,7 +178,7 @@ def compress(
 def dial(
     model: Model,
     task: Annotated[str | None, typer.Option("--task", "-t", help="As for compress; without it no metric.")] = None,
-    speedup: SpeedupOption = "1,1.5,2,3,4,4.8",
+    speedup: SpeedupOption = None,
     tokenizer: TokenizerOption = None,
     text: TextOption = None,
     label: LabelOption = None,
@@ -200,7 +201,7 @@ def dial(
     table = api.dial(
         model,
         data,
-        speedups=_speedups(speedup) or (),
+        speedups=_speedups(speedup),
         tokenizer=tokenizer,
         split=split,
         batch=batch,
@@ -210,13 +211,17 @@ def dial(
         progress=True,
     )
     _show(table, as_json, lambda: print_dial(table))
+    if Path(model).is_dir():
+        typer.echo(f"wrote {Path(model) / 'dial.json'} and dial.html", err=True)
 
 
 @app.command()
 def measure(
     model: Model,
     batch: BatchOption = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per example.")] = 128,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per example; the length of the model's dial, or 128, by default.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 4.0,
     speedup: SpeedupOption = None,
     threads: ThreadsOption = None,
@@ -291,6 +296,7 @@ def report(
     records = [read_result(path) for path in results]
     path = write_report(records, out)
     _show({"report": str(path)}, as_json, lambda: _print_results(records))
+    typer.echo(f"wrote {path}", err=True)
 
 
 @app.command("list")
@@ -370,8 +376,9 @@ def _print_results(records: list[dict[str, Any]]) -> None:
 
 def _print_plan(found: dict[str, Any]) -> None:
     for limit in found["limits"]:
-        planned = f", {limit['predicted']:.4g} planned" if "predicted" in limit else ""
-        typer.echo(f"{limit['kind']}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked{planned}")
+        planned = f", {limit['predicted']:.4g} planned" if "predicted" in limit else ", reach not checked"
+        what = "macs" if limit["kind"] == "speedup" else limit["kind"]
+        typer.echo(f"{what}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked{planned}")
     if found["heads"] is not None:
         typer.echo(f"heads kept if all units mattered alike: {found['heads']}")
         typer.echo(f"neurons kept if all units mattered alike: {found['neurons']}")

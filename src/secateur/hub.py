@@ -225,7 +225,7 @@ def open_model(
     except SafetensorError as error:
         raise InvalidModel(f"The weights in '{what}' are damaged ({error}): download or compress again.") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InvalidModel(f"'{what}' cannot be opened: {_first_line(error)}") from None
+        raise InvalidModel(_why(what, error)) from None
     missing = sorted(loading["missing_keys"])
     if trained and missing:
         raise InvalidModel(
@@ -245,7 +245,7 @@ def open_any(source: str | Path) -> PreTrainedModel:
     try:
         names = AutoConfig.from_pretrained(str(source)).architectures or []
     except (OSError, ValueError) as error:
-        raise InvalidModel(f"'{source}' cannot be opened: {_first_line(error)}") from None
+        raise InvalidModel(_why(str(source), error)) from None
     named = [getattr(transformers, name, None) for name in names]
     return open_model(source, next((cls for cls in named if cls is not None), AutoModel))
 
@@ -280,6 +280,11 @@ def _check_folder(folder: Path, what: str) -> None:
                 f"safetensors first."
             )
         raise InvalidModel(f"'{what}' has no model.safetensors.")
+
+
+def _why(what: str, error: BaseException) -> str:
+    where = "" if Path(what).exists() else " (there is no such folder, so it was looked for on the hub)"
+    return f"'{what}' cannot be opened{where}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -150,7 +150,7 @@ def test_the_numbers_are_there(page: Page) -> None:
         "MACs 290.9 M 174.2 M −40.1 %",
         "Parameters 22.71 M 18.56 M −18.3 %",
         "Encoder parameters 10.65 M 6.49 M −39.0 %",
-        "Size on disk 90.86 MB 74.25 MB −18.3 %",
+        "Size on disk, float32 90.86 MB 74.25 MB −18.3 %",
         "Latency, median 12.30 ms 8.20 ms 1.50× faster",
         "Latency, 90th percentile 12.90 ms 8.70 ms 1.48× faster",
         "Accuracy 89.79 % 88.76 % −1.03 points",

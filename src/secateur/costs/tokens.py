@@ -72,8 +72,8 @@ class TokenCosts:
             SecateurError: below 1.
             InvalidBudget: beyond reach; the message gives the largest speed-up.
         """
-        if not speedup >= 1:
-            raise SecateurError(f"A speed-up is at least 1 (the dense model), not {speedup:g}.")
+        if not isinstance(speedup, (int, float)) or not speedup >= 1:
+            raise SecateurError(f"A speed-up is a number of at least 1 (the dense model), not {speedup!r}.")
         if speedup == 1:
             return 0.0
         low, high = 0.0, 1.0

@@ -145,6 +145,9 @@ class Dial:
         selection: how tokens are chosen.
     """
 
+    # a misspelt setting is an error instead of a new attribute
+    __slots__ = ("_alpha", "_can_pack", "_costs", "_edit", "_latency_budget", "_model", "packed", "selection")
+
     def __init__(self, model: nn.Module, edit: DropTokens) -> None:
         self._edit = edit
         self._costs: tuple[object, TokenCosts] | None = None
@@ -303,6 +306,11 @@ def _runs_layers_again(model: Any) -> bool:
     return False
 
 
+def has_dial(model: nn.Module) -> bool:
+    """Whether a model has a dial."""
+    return isinstance(getattr(model, ATTRIBUTE, None), Dial)
+
+
 def dial_of(model: nn.Module) -> Dial:
     """The dial of a model.
 
@@ -333,8 +341,8 @@ def turned_to(model: nn.Module, speedup: float | None, tokens: int | None = None
 
 def at_rest(model: Model) -> Model:
     """The model with its dial, if it has one, at 1: itself, or a copy if it stands elsewhere."""
-    dial = getattr(model, ATTRIBUTE, None)
-    if not isinstance(dial, Dial) or dial.alpha == 0:
+    dial = dial_of(model) if has_dial(model) else None
+    if dial is None or dial.alpha == 0:
         return model
     twin = copy.deepcopy(model)
     dial_of(twin).alpha = 0.0

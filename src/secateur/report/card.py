@@ -60,7 +60,7 @@ def card(result: dict[str, Any]) -> str:
         _row("MACs", before["macs"], after["macs"], 1e6, "M"),
         _row("parameters", before["params"], after["params"], 1e6, "M"),
         _row("encoder parameters", before["encoder_params"], after["encoder_params"], 1e6, "M"),
-        _row("bytes", before["bytes"], after["bytes"], 1e6, "MB"),
+        _row(f"bytes, {setting['dtype']}", before["bytes"], after["bytes"], 1e6, "MB"),
         _row("latency, median", before["latency_ms"]["median"], after["latency_ms"]["median"], 1, "ms"),
     ]
     rows += [

@@ -13,6 +13,7 @@ _FRACTIONS = ("accuracy", "f1")
 _COUNT_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _NAMES = {
+    "speedup": "Speed-up of MACs",
     "macs": "MACs",
     "params": "Parameters",
     "encoder_params": "Encoder parameters",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +18,7 @@ Record = Mapping[str, Any]
 
 SCHEMA = 1
 _NEEDED = ("name", "model", "task", "method", "budget", "before", "after")
+_SIZE = numbers.quantity_name("bytes")
 _COSTS = ("macs", "params", "encoder_params", "bytes")
 
 
@@ -129,6 +130,9 @@ def _checked_view(index: int, record: Record) -> View:
 def _view(index: int, record: Record) -> View:
     before, after, metric = record["before"], record["after"], str(record["task"].get("metric", ""))
     rows = tuple(_cost_row(kind, before, after) for kind in _COSTS if kind in after)
+    dtype = (record.get("latency_setting") or {}).get("dtype")
+    if dtype:  # models are opened in float32, whatever the source is stored in
+        rows = tuple(replace(row, name=f"{row.name}, {dtype}") if row.name == _SIZE else row for row in rows)
     latency = _latency_rows(before, after)
     metrics = _metric_rows(before, after)
     tokens = _tokens(record.get("edits") or [])
@@ -259,12 +263,21 @@ def _summary(record: Record, heads: tuple[Layer, ...], neurons: tuple[Layer, ...
     made = f"{str(record['method'].get('name', '')).upper()} kept {' and '.join(kept)}" if kept else str(record["name"])
     examples = f", {task['examples']:,} examples" if isinstance(task.get("examples"), int) else ""
     where = f"{task.get('name', '')} ({task.get('split', '')}{examples})"
-    return f"{made}. Budget: {budget}. Measured on {where}."
+    return f"{made}. Budget: {budget}. Measured on {where}{_interval(task)}."
+
+
+def _interval(task: Record) -> str:
+    """The difference of the deciding metric with its interval, or nothing if it was not computed."""
+    metric, difference = str(task.get("metric", "")), task.get("difference")
+    if not difference:
+        return ""
+    point, low, high = (numbers.metric_change(metric, 0.0, float(value)) for value in difference)
+    return f": {metric_name(metric)} {point}, 95 % interval {low} to {high} by paired bootstrap over examples"
 
 
 def _term(term: Record) -> Term:
     kind, limit, reached = str(term["kind"]), float(term["limit"]), float(term["reached"])
-    unit = numbers.unit_of(kind, (limit, reached))
+    unit = numbers.unit_of(kind, (limit, reached)) if kind != "speedup" else (1.0, "×")
     used = f"{100 * reached / limit:.1f} %" if limit else numbers.MISSING
     met = bool(term.get("met", reached <= limit))
     name, asked = numbers.quantity_name(kind), str(term.get("asked", ""))

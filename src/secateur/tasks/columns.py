@@ -47,7 +47,9 @@ def find_text(data: Dataset, wanted: Sequence[str] | None, label: str) -> tuple[
         for column in wanted:
             _require(data, column, "text")
             if not _is_text(data, column):
-                raise InvalidData(f"column {column!r} holds no text ({_found(data)}): name another with text= (--text)")
+                raise InvalidData(
+                    f"column {column!r} holds no text ({_found(data)}): name another with text= of load_task (--text)"
+                )
         return tuple(wanted)
     texts = [column for column in data.column_names if column != label and _is_text(data, column)]
     by_name = {column.casefold(): column for column in texts}
@@ -60,7 +62,7 @@ def find_text(data: Dataset, wanted: Sequence[str] | None, label: str) -> tuple[
     if len(texts) == 1:
         return (texts[0],)
     problem = "several columns could be the text" if texts else "no column of text"
-    raise InvalidData(f"{problem} ({_found(data)}): name it with text= (--text)")
+    raise InvalidData(f"{problem} ({_found(data)}): name it with text= of load_task (--text)")
 
 
 def find_label(data: Dataset, wanted: str | None) -> str:
@@ -76,7 +78,7 @@ def find_label(data: Dataset, wanted: str | None) -> str:
     for name in LABELS:
         if name in by_name:
             return by_name[name]
-    raise InvalidData(f"no label column ({_found(data)}): name it with label= (--label)")
+    raise InvalidData(f"no label column ({_found(data)}): name it with label= of load_task (--label)")
 
 
 def check_text(data: Dataset, columns: Iterable[str], where: str) -> None:
@@ -114,7 +116,7 @@ def read_labels(data: Dataset, column: str, where: str) -> list[Any]:
         if not isinstance(value, str | int | float):
             raise InvalidData(
                 f"{where}: label {column!r} holds {type(value).__name__}s; one number or name per row is needed, "
-                "name another column with label= (--label)"
+                "name another column with label= of load_task (--label)"
             )
     return values
 

@@ -207,7 +207,7 @@ def _check_classes(name: str, known: set[Any], rows: int) -> None:
     if len(known) > max(20, rows // 2):
         raise InvalidData(
             f"{name}: {len(known)} different labels in {rows} rows are no classes: write numbers with a decimal point "
-            "for regression, or name another column with label= (--label)"
+            "for regression, or name another column with label= of load_task (--label)"
         )
 
 
