@@ -94,8 +94,11 @@ def test_verbs_turn_the_dial(made: tuple[Path, secateur.Result], tmp_path: Path)
     dense = secateur.measure(out, tokens=16, seconds=0.05, speedup=1)
     fast = secateur.measure(out, tokens=16, seconds=0.05, speedup=2)
     assert dense["macs"] > 1.8 * fast["macs"]
-    table = secateur.dial(out, task, speedups=(1.5, 2, 99), seconds=0.1)
-    assert [row["speedup"] for row in table["rows"]] == [1.0, 1.5, 2.0]  # 99 is beyond reach
+    with pytest.raises(InvalidBudget, match="A speed-up of 99 is beyond this model's reach"):
+        secateur.dial(out, task, speedups=(1.5, 99), seconds=0.1)
+    assert [row["speedup"] for row in secateur.dial(out, seconds=0.1)["rows"]] == [1.0, 1.5, 2.0, 3.0]
+    table = secateur.dial(out, task, speedups=(1.5, 2), seconds=0.1)
+    assert [row["speedup"] for row in table["rows"]] == [1.0, 1.5, 2.0]
     assert all(row["theory"] >= row["speedup"] and "accuracy" in row["metrics"] for row in table["rows"])
     assert json.loads((out / "dial.json").read_text())["rows"] == table["rows"]
     assert "Plotly.newPlot" in (out / "dial.html").read_text()

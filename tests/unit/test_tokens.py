@@ -186,6 +186,10 @@ def test_dial_says_what_is_wrong() -> None:
         dial.speedup = 0.9
     with pytest.raises(InvalidBudget, match="beyond this model's reach"):
         dial.speedup = 1000
+    with pytest.raises(SecateurError, match="not '2'"):
+        dial.speedup = "2"
+    with pytest.raises(AttributeError):
+        dial.speed_up = 2
     with pytest.raises(SecateurError, match="eliminates tokens already"):
         edit.apply(model)
     with pytest.raises(SecateurError, match="The profile has 2 layers, the model 3"):
