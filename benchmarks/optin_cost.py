@@ -116,7 +116,7 @@ def row(name: str, model: nn.Module, data: list[dict[str, Tensor]], share: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=0.1, help="share of MiniLM-L6's units that are scored exactly")
-    parser.add_argument("--probes", type=int, default=12)
+    parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--only", choices=("minilm", "base"), help="one of the two models")
     parser.add_argument("--threads", type=int, default=2)

@@ -29,8 +29,7 @@ from secateur.run import Job, Run
 from secateur.tasks import evaluate, median_tokens, paired_bootstrap
 
 BUDGETS = (80, 70, 60, 50, 40)
-FEWER: dict[str, Any] = {"batches": 4, "probes": 8}  # what the ablations were run with
-PLAIN: dict[str, Any] = {"rearrange": False, "tune": "none", **FEWER}
+PLAIN: dict[str, Any] = {"rearrange": False, "tune": "none"}
 METHODS: dict[str, Callable[[], Any]] = {
     "random": lambda: Baseline("random"),
     "magnitude": lambda: Baseline("magnitude"),
@@ -47,12 +46,12 @@ METHODS: dict[str, Callable[[], Any]] = {
     "optin, λ_c 10, one batch": lambda: Optin(**{**PLAIN, "batches": 1}),
     "optin exact, one batch": lambda: Optin(scorer="exact", **{**PLAIN, "batches": 1}),
     "optin refined, one batch": lambda: Optin(refine=0.15, **{**PLAIN, "batches": 1}),
-    "optin + rearrange": lambda: Optin(tune="none", **FEWER),
-    "optin + rearrange + scale": lambda: Optin(tune="scale", **FEWER),
-    "optin full, 4 batches": lambda: Optin(**FEWER),
-    "optin full": lambda: Optin(batches=16, probes=3),
-    "optin full, λ_c 0": lambda: Optin(lambda_c=0.0, **FEWER),
-    "optin full, λ_c 1000": lambda: Optin(lambda_c=1000.0, **FEWER),
+    "optin + rearrange": lambda: Optin(tune="none"),
+    "optin + rearrange + scale": lambda: Optin(tune="scale"),
+    "optin full": lambda: Optin(),
+    "optin full, 16 batches × 3 probes": lambda: Optin(batches=16, probes=3),
+    "optin full, λ_c 0": lambda: Optin(lambda_c=0.0),
+    "optin full, λ_c 1000": lambda: Optin(lambda_c=1000.0),
 }
 
 

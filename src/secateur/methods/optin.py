@@ -54,7 +54,7 @@ class Optin:
     lambda_c: float = 10.0
     temperature: float = 4.0
     tokens: int = 768
-    probes: int = 12
+    probes: int = 8
     normalise: bool = True
     own_layer: bool = False
     batches: int = 4
