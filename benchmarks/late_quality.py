@@ -58,7 +58,7 @@ def variants(seed: int) -> dict[str, dict[str, Any]]:
 
 
 class Shortened(nn.Module):
-    """A dense model that reads the first 1/K of each text's tokens, the last of them being its own last ([SEP])."""
+    """A dense model that reads the first 1/K of each text of an example, and the text's last token ([SEP])."""
 
     def __init__(self, model: Any, speedup: float) -> None:
         super().__init__()
@@ -66,16 +66,17 @@ class Shortened(nn.Module):
         self.speedup = speedup
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Tensor) -> Any:
-        """Cut, then run; rows are padded on the right."""
-        lengths = attention_mask.sum(dim=1)
-        kept = torch.ceil(lengths / self.speedup).long().clamp_min(2)
-        ends = input_ids.gather(1, (lengths - 1)[:, None])
-        width = int(kept.max())
-        mask = (torch.arange(width) < kept[:, None]).long()
-        ids = input_ids[:, :width].scatter(1, (kept - 1)[:, None], ends) * mask
-        others = {name: tensor[:, :width] * mask for name, tensor in kwargs.items()}
-        return self.model(input_ids=ids, attention_mask=mask, **others)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, **kwargs: Tensor) -> Any:
+        """Cut, then run."""
+        keep = torch.zeros_like(attention_mask, dtype=torch.bool)
+        for kind in (0, 1):
+            part = attention_mask.bool() & (token_type_ids == kind)
+            place, length = part.cumsum(dim=1), part.sum(dim=1, keepdim=True)
+            keep |= part & ((place <= torch.ceil(length / self.speedup) - 1) | (place == length))
+        columns = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(keep.sum(dim=1).max())]
+        mask = keep.gather(1, columns).long()
+        cut = {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        return self.model(**{k: v.gather(1, columns) * mask for k, v in cut.items()}, attention_mask=mask, **kwargs)
 
 
 def measure(task: str, method: Late, name: str, seeds: list[int], rows: int | None, path: Any) -> None:
