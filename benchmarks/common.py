@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,33 @@ def real(task: str) -> tuple[Any, Any, Task]:
     """Model, tokenizer and task of `shared/models/minilm-l6-<task>`."""
     folder = SHARED / "models" / f"minilm-l6-{task}"
     return open_model(folder), open_tokenizer(folder), load_task(task)
+
+
+def seeds_table(record: dict[str, Any], split: str, column: str, values: list[Any], head: str) -> str:
+    """The metric of every method at each value of a column: mean over seeds ± spread (largest minus smallest), in
+    points.
+
+    Args:
+        record: a kept result.
+        split: `"validation"` or `"test"`.
+        column: the key of a row that the columns stand for.
+        values: its values, in order.
+        head: how a value is printed, such as `"{:g}×"`.
+    """
+    rows = record["rows"]
+    lines = [
+        f"{record['task']}, {record['metric']} on {split}; dense {100 * record['dense'][split][record['metric']]:.1f}",
+        "",
+        "| method | " + " | ".join(head.format(value) for value in values) + " |",
+        "|---" * (len(values) + 1) + "|",
+    ]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for value in values:
+            found = [100 * row[split] for row in rows if row["method"] == name and row[column] == value]
+            cells.append(f"{statistics.mean(found):.1f} ± {max(found) - min(found):.1f}" if found else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def setting() -> dict[str, Any]:

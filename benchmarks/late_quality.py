@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from common import HERE, real, setting, write
+from common import HERE, real, seeds_table, setting, write
 from torch import Tensor, nn
 
 from secateur.costs.budget import Budget, constraints
@@ -130,21 +129,8 @@ def measure(task: str, method: Late, name: str, seeds: list[int], rows: int | No
 
 
 def table(record: dict[str, Any], split: str) -> str:
-    """Mean over seeds ± spread (largest minus smallest), in points."""
-    names = list(dict.fromkeys(row["method"] for row in record["rows"]))
-    lines = [
-        f"{record['task']}, {record['metric']} on {split}; dense {100 * record['dense'][split][record['metric']]:.1f}",
-        "",
-        "| method | " + " | ".join(f"{k:g}×" for k in SPEEDUPS) + " |",
-        "|---" * (len(SPEEDUPS) + 1) + "|",
-    ]
-    for name in names:
-        cells = []
-        for speedup in SPEEDUPS:
-            found = [100 * r[split] for r in record["rows"] if r["method"] == name and r["speedup"] == speedup]
-            cells.append(f"{statistics.mean(found):.1f} ± {max(found) - min(found):.1f}" if found else "–")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Metric against speed-up."""
+    return seeds_table(record, split, "speedup", list(SPEEDUPS), "{:g}×")
 
 
 def main() -> None:

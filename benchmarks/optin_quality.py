@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, real, setting, write
+from common import HERE, real, seeds_table, setting, write
 from safetensors.torch import load_file, save_file
 
 from secateur.costs.budget import Budget, constraints
 from secateur.methods import Baseline, Optin, Ptf
-from secateur.methods.optin import _unpack
+from secateur.methods.optin import unpack_scores
 from secateur.run import Job, Run
 from secateur.scores.trajectory import TrajectoryScores
 from secateur.subnetwork import SubNetwork, UnitScores
@@ -46,7 +45,7 @@ class Refined(Optin):
     """Refinement by the kept exact scores of the same batch: the numbers it would compute again."""
 
     def _exact(self, job: Job, data: Any, units: SubNetwork | None = None) -> TrajectoryScores:
-        whole = _unpack(load_file(cached(job.task.name, EXACT, job.seed)))
+        whole = unpack_scores(load_file(cached(job.task.name, EXACT, job.seed)))
         if units is None:
             return whole
 
@@ -133,23 +132,11 @@ def measure(task: str, methods: list[str], budgets: list[int], seeds: list[int],
 
 
 def table(record: dict[str, Any], split: str) -> str:
-    """Mean over seeds ± spread (largest minus smallest), in points."""
-    rows = record["rows"]
+    """Metric against MACs, the methods in the order of `METHODS`."""
+    ranks = {name: rank for rank, name in enumerate(METHODS)}
+    rows = sorted(record["rows"], key=lambda row: ranks[row["method"]])
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    names = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    lines = [
-        f"{record['task']}, {record['metric']} on {split}; dense {100 * record['dense'][split][record['metric']]:.1f}",
-        "",
-        "| method | " + " | ".join(f"{b} % MACs" for b in budgets) + " |",
-        "|---" * (len(budgets) + 1) + "|",
-    ]
-    for name in names:
-        cells = []
-        for budget in budgets:
-            found = [100 * row[split] for row in rows if row["method"] == name and row["budget"] == budget]
-            cells.append(f"{statistics.mean(found):.1f} ± {max(found) - min(found):.1f}" if found else "–")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return seeds_table({**record, "rows": rows}, split, "budget", budgets, "{} % MACs")
 
 
 def main() -> None:

@@ -229,11 +229,13 @@ def measure(
 ) -> None:
     """Count MACs, parameters and bytes of a model, and time it here."""
     from secateur import api
+    from secateur.hub import open_any
 
     _threads(threads)
+    net = open_any(model)
 
     def at(wanted: float | None) -> dict[str, Any]:
-        return api.measure(model, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted)
+        return api.measure(net, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted)
 
     _show_settings(at, _speedups(speedup), as_json)
 
@@ -254,13 +256,15 @@ def evaluate(
 ) -> None:
     """Judge a model on a task."""
     from secateur import api
+    from secateur.hub import open_model
     from secateur.tasks import load_task
 
     _threads(threads)
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
+    net = open_model(model, trained=True)
 
     def at(wanted: float | None) -> dict[str, Any]:
-        found = api.evaluate(model, data, tokenizer=tokenizer, split=split, progress=True, speedup=wanted)
+        found = api.evaluate(net, data, tokenizer=tokenizer or model, split=split, progress=True, speedup=wanted)
         return {"task": data.name, "examples": len(found.labels), "metrics": found.metrics}
 
     _show_settings(at, _speedups(speedup), as_json)

@@ -1,11 +1,9 @@
 """Folders that plain `AutoModelFor….from_pretrained` opens: the transformers plug-in, opening and saving.
 
 Edits travel in `config.json` as `quantization_config = {"quant_method": "secateur", "version": 1, "edits": [...]}`.
-Importing
-secateur registers the plug-in that shapes the empty model by them before transformers reads the weights. Without the
-import,
-transformers finds tensors of other shapes than it expects and refuses the folder. Where no edit changes a shape, one
-parameter is stored with one axis more.
+Importing secateur registers the plug-in that shapes the empty model by them before transformers reads the weights.
+Without the import, transformers finds tensors of other shapes than it expects and refuses the folder. Where no edit
+changes a shape, one parameter is stored with one axis more.
 """
 
 from __future__ import annotations

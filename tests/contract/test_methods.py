@@ -89,6 +89,10 @@ def test_method_meets_its_budget_and_round_trips(setting: str, tmp_path: Path) -
     assert result.after.params == sum(p.numel() for p in result.model.parameters())
     assert result.after.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert result.predicted["macs"] == result.after.macs
+    point, low, high = result.task["difference"]
+    metric = result.task["metric"]
+    assert point == pytest.approx(result.after.metrics[metric] - result.before.metrics[metric])
+    assert low <= point <= high
     assert analytic.macs(model, 1, result.latency_setting["tokens"]).of(
         SubNetwork.from_dict(result.subnetwork)
     ) == pytest.approx(result.after.macs)

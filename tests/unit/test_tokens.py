@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from secateur.costs.dial import interpolated
 from secateur.costs.tokens import LayerCost, TokenCosts, token_costs
 from secateur.edits.tokens import DropTokens
 from secateur.errors import InvalidBudget, InvalidData, SecateurError, UnsupportedModel
@@ -218,3 +219,16 @@ def test_causal_attention_is_judged_by_what_uniform_attention_would_give() -> No
     torch.testing.assert_close(raw[0], torch.tensor([0.408, 0.242, 0.158, 0.103, 0.061, 0.028]), atol=5e-4, rtol=0)
     fair = column_attention(uniform[None, None], torch.ones(1, n, dtype=torch.bool), causal=True)
     torch.testing.assert_close(fair[0], torch.ones(n))
+
+
+def test_latency_is_interpolated_between_settings() -> None:
+    alphas, medians = [0.0, 1.0, 2.0], [10.0, 6.0, 4.0]
+    assert interpolated(alphas, medians, 8) == pytest.approx(0.5)
+    assert interpolated(alphas, medians, 5) == pytest.approx(1.5)
+    assert interpolated(alphas, medians, 12) == 0  # the dense model is fast enough
+    assert interpolated(alphas, medians, 3) is None
+
+
+def test_values_are_not_seen_where_attention_has_its_own_code() -> None:
+    with pytest.raises(UnsupportedModel, match="'mpnet' models score tokens by attention alone"):
+        DropTokens(profile=(0.8, 0.55, 0.3), weighting="value").apply(tiny_model("mpnet"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from secateur.hub import attach, save_model
 from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate, load_task
 from secateur.tasks.batching import BucketSampler
-from secateur.train import bf16_pays, finetune, last_checkpoint
+from secateur.train import bf16_pays, distilled, finetune, last_checkpoint, output_distance
 from tests.unit import tiny_text
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +187,27 @@ def test_bf16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_config_of_the_base_is_untouched(base: Path) -> None:
     assert BertConfig.from_pretrained(base).num_labels == 3
+
+
+def test_distance_to_a_teacher_by_hand() -> None:
+    student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
+    # T = 1: the teacher says (3/4, 1/4), the student (1/2, 1/2)
+    wanted = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert float(output_distance(student, teacher, 1.0)) == pytest.approx(wanted, abs=1e-6)
+    # T = 2: odds of √3, and the factor T² = 4
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    wanted = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
+    assert float(output_distance(student, teacher, 2.0)) == pytest.approx(wanted, abs=1e-6)
+    assert float(output_distance(torch.tensor([[1.0]]), torch.tensor([[3.0]]), 2.0)) == 4.0
+
+
+def test_distilled_loss_mixes_task_and_teacher() -> None:
+    net, teacher = tiny_text.model(seed=0), tiny_text.model(seed=1)
+    batch = {"input_ids": torch.tensor([[2, 5, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    batch["labels"] = torch.tensor([1])
+    with torch.no_grad():
+        task_loss = float(net(**batch).loss)
+        distance = float(output_distance(net(**batch).logits, teacher(**batch).logits, 2.0))
+    assert float(distilled(teacher, 0.25)(net, batch).detach()) == pytest.approx(
+        0.75 * task_loss + 0.25 * distance, abs=1e-6
+    )

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.costs.analytic import evaluation
 from secateur.costs.timers import Timing, pass_of, sample, summarise
+from secateur.costs.tokens import FASTEST
 from secateur.errors import InvalidBudget
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def alpha_for_latency(
     Raises:
         InvalidBudget: none does; the message gives the fastest.
     """
-    reach = dial.reach
+    reach = dial.speedup_at(FASTEST, tokens)
     alphas = [dial.alpha_for(speedup, tokens) for speedup in (*(k for k in GRID if k < reach), reach)]
     medians = [timing.median for timing in time_settings(model, dial, alphas, batch, tokens, seconds=seconds)]
     found = interpolated(alphas, medians, milliseconds)

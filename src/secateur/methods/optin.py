@@ -80,9 +80,9 @@ class Optin:
     def run(self, job: Job) -> Outcome:
         """Score every unit once against the intact model, search, repair if asked, slice."""
         data = job.calibration(self.batches, self.batch_size)
-        scores = _unpack(job.run.tensors("score", lambda: _pack(self._score(job, data))))
+        scores = unpack_scores(job.run.tensors("score", lambda: pack_scores(self._score(job, data))))
         if self.refine:
-            scores = _unpack(job.run.tensors("refine", lambda: _pack(self._refine(job, data, scores))))
+            scores = unpack_scores(job.run.tensors("refine", lambda: pack_scores(self._refine(job, data, scores))))
         return prune(
             job,
             combine(scores, self.lambda_c),
@@ -139,7 +139,8 @@ def _with_gradients_of(source: TrajectoryScores, scores: TrajectoryScores) -> Tr
     return replace(scores, trajectory_gradients=source.trajectory_gradients, output_gradients=source.output_gradients)
 
 
-def _pack(scores: TrajectoryScores) -> dict[str, Tensor]:
+def pack_scores(scores: TrajectoryScores) -> dict[str, Tensor]:
+    """Scores as named tensors, as a run keeps them."""
     parts = {
         "trajectory": scores.trajectory,
         "output": scores.output,
@@ -153,7 +154,9 @@ def _pack(scores: TrajectoryScores) -> dict[str, Tensor]:
     return packed
 
 
-def _unpack(packed: dict[str, Tensor]) -> TrajectoryScores:
+def unpack_scores(packed: dict[str, Tensor]) -> TrajectoryScores:
+    """Inverse of `pack_scores`."""
+
     def gradients(name: str) -> UnitGradients | None:
         return UnitGradients(*unpack_units(name, packed)) if f"{name}.neurons.0" in packed else None
 

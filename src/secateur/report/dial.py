@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Record = dict[str, Any]
 
@@ -54,6 +55,9 @@ def write_dial(table: Record, folder: Path) -> None:
 
 def figure(table: Record) -> go.Figure:
     """The first metric against milliseconds, and the measured speed-up against that of the MACs."""
+    import plotly.graph_objects as go  # half a second, which no other verb should wait for
+    from plotly.subplots import make_subplots
+
     rows, setting = table["rows"], table["setting"]
     metric = next(iter(rows[0].get("metrics", {})), None)
     titles = ["Measured against counted speed-up"]

@@ -65,7 +65,7 @@ def attention(
     if not (layout.packed and layout.ragged):
         if layout.packed:
             query, key, value = (_stacked(part, len(layout.lengths)) for part in (query, key, value))
-        mask = _windowed(now.mask(key.shape[2]), layout.slots, sliding_window)
+        mask = _windowed(now.mask(), layout.slots, sliding_window)
         real = layout.valid if now.scoring else None
         context, score = _block(query, key, value, mask, real, now, scaling, dropout)
         if score is not None:

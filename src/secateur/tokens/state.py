@@ -72,7 +72,7 @@ class Pass:
         """Tokens of each example that leave the current layer."""
         return self.layout.lengths if self.watching else tuple(self._targets[self.layer])
 
-    def mask(self, keys: int) -> Tensor | None:
+    def mask(self) -> Tensor | None:
         """Which keys the queries of the current layer may look at: (batch or 1, 1, queries or 1, keys)."""
         valid = self.layout.valid[:, None, None, :] if self.layout.ragged else None
         if not self.selection.causal:
@@ -179,7 +179,8 @@ class Continuation(Pass):
     """New tokens after a prompt whose key-value cache has another length in each layer; none is eliminated.
 
     Args:
-        batch, tokens: shape of the new input; all of it is real.
+        batch: examples.
+        tokens: new tokens of each, all of them real.
         cached: which keys of each layer's cache are real, (batch, keys); extended by the new tokens.
     """
 
@@ -194,9 +195,10 @@ class Continuation(Pass):
         """Begin a layer."""
         self.layer = layer
 
-    def mask(self, keys: int) -> Tensor | None:
+    def mask(self) -> Tensor | None:
         """All real keys of the layer's cache, and of the new tokens those before."""
         valid, new = self.keys[self.layer], self.layout.slots.shape[1]
+        keys = valid.shape[1]
         reach = torch.ones(new, keys, dtype=torch.bool, device=valid.device).tril(keys - new)
         return valid[:, None, None, :] & reach
 
