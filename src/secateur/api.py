@@ -34,7 +34,7 @@ from secateur.tasks import Evaluation, Task, check_labels, load_task, median_tok
 from secateur.tasks import evaluate as evaluate_model
 from secateur.tasks import fingerprint as data_fingerprint
 from secateur.tasks.batching import token_limit
-from secateur.tasks.heads import share_padding
+from secateur.tasks.heads import head_class, share_padding
 from secateur.tasks.metrics import compute, paired_bootstrap
 from secateur.train import finetune
 
@@ -95,9 +95,10 @@ def compress(
         raise SecateurError("Resuming needs the folder of the run that was killed: give out=.")
     if out is not None:
         hub.check_target(out, "result.json", "" if isinstance(model, PreTrainedModel) else str(model))
-    source, net, words = _open(model, tokenizer)
+    data = load_task(task, seed=seed)
+    source, net, words = _open(model, tokenizer, data)
     net = at_rest(net)
-    data = check_labels(load_task(task, seed=seed), net)
+    data = check_labels(data, net)
     rows = _judged_by(data, split)
     length = _length(data, net, words, tokens)
     identity = {
@@ -128,7 +129,9 @@ def compress(
             "metric": data.metric,
             "split": rows,
             "examples": len(data.split(rows)),
-            "difference": paired_bootstrap(data.metric, before.logits, after.logits, before.labels),
+            "difference": paired_bootstrap(
+                data.metric, before.logits, after.logits, before.labels, names=data.label_names or ()
+            ),
         },
         method=_settings(chosen),
         budget=_reached(asked, limits, predicted, timings),
@@ -179,8 +182,9 @@ def plan(
     chosen = method_of(method)
     asked = Budget.parse(chosen.usual_budget if budget is None else budget)
     asked.check_kinds(chosen.budgets, chosen.name)
-    source, net, words = _open(model, tokenizer)
-    data = check_labels(load_task(task, seed=seed), net)
+    data = load_task(task, seed=seed)
+    source, net, words = _open(model, tokenizer, data)
+    data = check_labels(data, net)
     length = _length(data, net, words, tokens)
     limits = constraints(asked, net, batch, length, units=chosen.cuts_units)
     full = SubNetwork.full(net)
@@ -317,8 +321,8 @@ def evaluate(
         progress: show progress on standard error.
         speedup: where to turn the model's dial for it; None leaves it where it stands.
     """
-    _, net, words = _open(model, tokenizer)
     data = load_task(task, seed=seed)
+    _, net, words = _open(model, tokenizer, data)
     with turned_to(net, speedup):
         return evaluate_model(net, words, data, _judged_by(data, split), progress=progress)
 
@@ -340,12 +344,12 @@ def _live(model: str | Path | PreTrainedModel) -> PreTrainedModel:
 
 
 def _open(
-    model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None
+    model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None, data: Task
 ) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(model, PreTrainedModel):
         source, net = model.config._name_or_path or type(model).__name__, model
     else:
-        source, net = str(model), hub.open_model(model, trained=True)
+        source, net = str(model), hub.open_model(model, head_class(data), trained=True)
     sites(net)  # an unknown architecture is reported before anything is computed
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         words = tokenizer

@@ -34,7 +34,7 @@ TokenizerOption = Annotated[
 ]
 TextOption = Annotated[str | None, typer.Option(help="Text column, or two: premise,hypothesis.")]
 LabelOption = Annotated[str | None, typer.Option(help="Label column.")]
-MetricOption = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, pearson or spearman.")]
+MetricOption = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, pearson, spearman or entity_f1.")]
 SplitOption = Annotated[str | None, typer.Option(help="Rows to judge by: validation (default), test or train.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Examples per pass, for MACs and latency.")]
 TokensOption = Annotated[
@@ -258,10 +258,11 @@ def evaluate(
     from secateur import api
     from secateur.hub import open_model
     from secateur.tasks import load_task
+    from secateur.tasks.heads import head_class
 
     _threads(threads)
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
-    net = open_model(model, trained=True)
+    net = open_model(model, head_class(data), trained=True)
 
     def at(wanted: float | None) -> dict[str, Any]:
         found = api.evaluate(net, data, tokenizer=tokenizer or model, split=split, progress=True, speedup=wanted)

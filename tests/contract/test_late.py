@@ -133,7 +133,7 @@ def test_acc_of_uniform_attention_is_rho() -> None:
                 parameter.zero_()
     result = compress(
         model,
-        secateur.Late(**{**LATE, "rho": 0.5, "lr": 0.0}),
+        secateur.Late(**{**LATE, "acc": "mass", "weighting": "attention", "diagonal": True, "rho": 0.5, "lr": 0.0}),
         task=tiny_task(),
         tokenizer=tiny_tokenizer(),
         budget="speedup>=1.5",
@@ -151,7 +151,7 @@ def test_acc_of_uniform_attention_is_rho() -> None:
         ({"least": 0}, None, "least is above 0"),
         ({"dropout": 1.5}, None, "dropout is a share"),
         ({"train_speedup": 20}, None, "train_speedup=20 is beyond this model's reach at 12 tokens, 3.7"),
-        ({"acc": "median"}, None, "acc is mass or participation or entropy or count"),
+        ({"acc": "median"}, None, "acc is mass or participation or entropy or count or effect"),
         (
             {},
             "speedup>=200",

@@ -83,7 +83,7 @@ def test_packed_equals_padded(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "packed"), FORMS)
-@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "value", "no diagonal"])
+@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "attention", "diagonal"])
 def test_an_example_does_not_depend_on_its_batch(family: str, packed: bool, how: str) -> None:
     lengths = (9, 4, 13, 9, 1)
     batch = ragged(lengths)
@@ -94,8 +94,8 @@ def test_an_example_does_not_depend_on_its_batch(family: str, packed: bool, how:
         apply_edits(model, [Slice(replace(sub, heads=heads))])
     settings: dict[str, dict[str, Any]] = {
         "smoothed": {"beta": 0.5},
-        "value": {"weighting": "attention" if TOKEN_SPECS[family].probabilities else "value"},
-        "no diagonal": {"diagonal": False},
+        "attention": {"weighting": "attention"},
+        "diagonal": {"diagonal": True},
     }
     DropTokens(profile=(0.8, 0.55, 0.3), tokens=16, alpha=1.0, **settings.get(how, {})).apply(model)
     model.secateur.packed = packed  # type: ignore[union-attr]

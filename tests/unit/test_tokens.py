@@ -11,6 +11,7 @@ from secateur.costs.dial import interpolated
 from secateur.costs.tokens import LayerCost, TokenCosts, token_costs
 from secateur.edits.tokens import DropTokens
 from secateur.errors import InvalidBudget, InvalidData, SecateurError, UnsupportedModel
+from secateur.search.tokens import UNREAD, relative_change, sufficient_shares
 from secateur.tokens.layout import Layout
 from secateur.tokens.scores import column_attention, context_size, counts, profile, shares, smoothed
 from tests.conftest import tiny_model
@@ -229,6 +230,41 @@ def test_latency_is_interpolated_between_settings() -> None:
     assert interpolated(alphas, medians, 3) is None
 
 
-def test_values_are_not_seen_where_attention_has_its_own_code() -> None:
-    with pytest.raises(UnsupportedModel, match="'mpnet' models score tokens by attention alone"):
-        DropTokens(profile=(0.8, 0.55, 0.3), weighting="value").apply(tiny_model("mpnet"))
+def test_causal_attention_without_the_diagonal() -> None:
+    """Under uniform causal attention every token but the last, which nothing after it looks at, is worth the same."""
+    n = 5
+    uniform = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
+    fair = column_attention(uniform[None, None], torch.ones(1, n, dtype=torch.bool), causal=True, diagonal=False)
+    torch.testing.assert_close(fair[0], torch.tensor([1.0, 1, 1, 1, 0]))
+
+
+def test_sufficient_shares_are_where_the_output_stays() -> None:
+    """Layer 2 would need 0.6 but gets no more than layer 1 hands on, and nothing reads what leaves layer 3."""
+    needs = (0.8, 0.5, 0.6, 0.0)
+    asked = []
+
+    def change(shares: tuple[float, ...]) -> float:
+        asked.append(shares)
+        first = next(i for i, share in enumerate(shares) if share < 1)
+        return 0.0 if needs[first] == 0 else 0.05 if shares[first] >= needs[first] else 0.06
+
+    found = sufficient_shares(change, 4, 0.05, precision=1 / 64)
+    assert found[3] == UNREAD
+    assert 0.8 <= found[0] <= 0.8 + 1 / 64
+    assert 0.5 <= found[1] <= 0.5 + 1 / 64
+    assert found[2] == found[1]
+    assert asked[0] == (0.02, 0.02, 0.02, 0.02)
+    assert len(asked) < 24
+
+
+def test_a_layer_that_needs_everything_stays_within_the_dials_reach() -> None:
+    assert sufficient_shares(lambda shares: 1.0, 2, 0.05, precision=1 / 64) == [63 / 64, 63 / 64]
+    assert sufficient_shares(lambda shares: 0.05, 2, 0.05, least=0.1) == [0.1, 0.1]
+
+
+def test_relative_change_counts_in_variances() -> None:
+    wanted = torch.tensor([[1.0], [3.0]])  # mean 2, spread 1 + 1
+    assert relative_change(torch.tensor([[2.0], [2.0]]), wanted) == 1
+    assert relative_change(torch.tensor([[1.5], [3.0]]), wanted) == pytest.approx(0.125)
+    classes = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    assert relative_change(classes + torch.tensor([[5.0], [-3.0]]), classes) == 0  # an offset changes no probability

@@ -45,8 +45,8 @@ class DropTokens:
     profile: tuple[float, ...]
     tokens: int = 128
     alpha: float = 0.0
-    weighting: Weighting = "attention"
-    diagonal: bool = True
+    weighting: Weighting = "value"
+    diagonal: bool = False
     beta: float = 0.0
     least: float = 0.02
     protected: int = 1
@@ -89,8 +89,6 @@ class DropTokens:
             raise SecateurError(f"The profile has {len(self.profile)} layers, the model {len(found.neurons)}.")
         if spec.causal and not self.recent:
             raise SecateurError("A decoder's last token makes the next one: protect it with recent=1 or more.")
-        if spec.probabilities and self.weighting == "value":
-            raise UnsupportedModel(f"'{found.family.name}' models score tokens by attention alone: use 'attention'.")
         dial = Dial(model, self)
         handover.install(model, dial)
         setattr(model, ATTRIBUTE, dial)
@@ -126,10 +124,12 @@ class _Now:
 
     Attributes:
         alpha: the setting.
+        shares: share of its tokens that each layer hands on, in place of what the setting says.
         watch: called with each pass, in which every layer scores and none eliminates.
     """
 
     alpha: float = 0.0
+    shares: tuple[float, ...] | None = None
     watch: Callable[[Pass], None] | None = None
 
 
@@ -186,6 +186,9 @@ class Dial:
     @property
     def shares(self) -> tuple[float, ...]:
         """Share of its tokens that each layer hands on at the present setting."""
+        now = _NOW.get().get(id(self))
+        if now is not None and now.shares is not None:
+            return now.shares
         return shares(self._edit.profile, self.alpha, self._edit.least)
 
     @property
@@ -235,7 +238,7 @@ class Dial:
     def active(self) -> bool:
         """Whether the next pass of this thread eliminates or watches tokens."""
         now = _NOW.get().get(id(self))
-        return self._alpha > 0 if now is None else now.alpha > 0 or now.watch is not None
+        return self._alpha > 0 if now is None else now != _Now()
 
     def speedup_at(self, alpha: float, tokens: int | None = None) -> float:
         """The speed-up of a setting at a length."""
@@ -255,6 +258,10 @@ class Dial:
     def at(self, alpha: float) -> AbstractContextManager[None]:
         """Another setting within the context, for this thread alone; 0 is the dense model."""
         return self._now(_Now(alpha))
+
+    def handing_on(self, shares: tuple[float, ...]) -> AbstractContextManager[None]:
+        """Layers hand on these shares of the tokens within the context, for this thread alone."""
+        return self._now(_Now(shares=shares))
 
     def watch(self, seen: Callable[[Pass], None]) -> AbstractContextManager[None]:
         """The dense model within the context, scoring its tokens in every layer, for this thread alone.

@@ -7,7 +7,7 @@ import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from secateur.edits import DropTokens
 from secateur.edits.tokens import Dial, dial_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
+from secateur.progress import progress
 from secateur.run import Job, Outcome, check_fields
+from secateur.search.tokens import relative_change, sufficient_shares
 from secateur.subnetwork import SubNetwork
 from secateur.tokens.handover import is_causal
 from secateur.tokens.scores import Acc, Weighting, context_size, profile
@@ -40,7 +42,9 @@ class Late:
         sandwich: after the ramp, half the steps draw the setting between dense and `train_speedup` and a quarter takes
             each end, so that the whole range of the dial is learned; else every step takes `train_speedup`.
         distill: weight of the distance to the dense model's outputs in the loss, from 0 to 1.
-        acc: what is measured: "mass", "participation", "entropy" or "count" (`tokens.scores.context_size`).
+        acc: what is measured: the "effect" on the output (`search.tokens.sufficient_shares`), or the "mass",
+            "participation", "entropy" or "count" of the scores (`tokens.scores.context_size`).
+        tolerance: of "effect": the accepted change of the output, as a share of its variance.
         rho: ρ of "mass".
         tau: τ of "count".
         weighting: tokens are scored by the "attention" they get, or by its product with the size of their "value".
@@ -61,16 +65,17 @@ class Late:
     ramp: float = 0.3
     sandwich: bool = True
     distill: float = 0.5
-    acc: Acc = "mass"
+    acc: Acc | Literal["effect"] = "effect"
+    tolerance: float = 0.05
     rho: float = 0.95
     tau: float = 0.5
-    weighting: Weighting = "attention"
-    diagonal: bool = True
+    weighting: Weighting = "value"
+    diagonal: bool = False
     beta: float = 0.0
     least: float = 0.02
     protected: int = 1
     recent: int | None = None
-    examples: int = 1024
+    examples: int = 256
     max_length: int = 128
     dropout: float | None = None
 
@@ -89,8 +94,9 @@ class Late:
         for name in ("beta", "dropout"):
             if (getattr(self, name) or 0) >= 1:
                 raise SecateurError(f"late: {name} is a share, from 0 to below 1, not {getattr(self, name):g}.")
-        if self.least == 0:
-            raise SecateurError("late: least is above 0: some tokens go on.")
+        for name in ("least", "tolerance"):
+            if getattr(self, name) == 0:
+                raise SecateurError(f"late: {name} is above 0.")
 
     def run(self, job: Job) -> Outcome:
         """Measure ACC, train with elimination, set the dial to the budget."""
@@ -124,16 +130,38 @@ class Late:
         )
 
     def measure(self, model: PreTrainedModel, job: Job) -> list[float]:
-        """ACC of each layer of the dense model: the mean over training examples; 1 where a layer has no attention."""
+        """ACC of each layer of the dense model, from training examples; 1 where a layer has no attention to score."""
+        data = job.calibration(-(-self.examples // self.batch_size), self.batch_size)
+        inputs = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in data]
+        with torch.inference_mode():
+            if self.acc == "effect":
+                return self._effect(model.eval(), inputs, job.show)
+            return self._context(model.eval(), inputs, self.acc)
+
+    def _effect(self, model: PreTrainedModel, inputs: list[dict[str, Tensor]], show: bool) -> list[float]:
+        """What each layer must hand on for the output to stay as it is."""
+        dial = dial_of(model)
+        dense = outputs(model, inputs)
+        layers = len(dial.profile)
+        with progress("measuring ACC", layers, show=show) as advance:
+
+            def change(shares: tuple[float, ...]) -> float:
+                advance(shares.count(1.0), "")
+                with dial.handing_on(shares):
+                    return relative_change(outputs(model, inputs), dense)
+
+            return sufficient_shares(change, layers, self.tolerance, least=self.least)
+
+    def _context(self, model: PreTrainedModel, inputs: list[dict[str, Tensor]], acc: Acc) -> list[float]:
+        """How much of the sequence each layer's attention uses: the mean over the examples."""
         dial = dial_of(model)
         passes: list[Pass] = []
         found: dict[int, list[Tensor]] = {}
-        data = job.calibration(-(-self.examples // self.batch_size), self.batch_size)
-        with dial.watch(passes.append), torch.inference_mode():
-            for batch in data:
-                model.eval()(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        with dial.watch(passes.append):
+            for batch in inputs:
+                model(**batch)
                 for layer, score in passes.pop().seen.items():
-                    size = context_size(score, self.acc, rho=self.rho, tau=self.tau)
+                    size = context_size(score, acc, rho=self.rho, tau=self.tau)
                     found.setdefault(layer, []).append(size.cpu())
         return [float(torch.cat(found[i]).mean()) if i in found else 1.0 for i in range(len(dial.profile))]
 
@@ -166,6 +194,26 @@ class Late:
                 progress=job.show,
             )
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]]) -> Tensor:
+    """A model's outputs, (rows, outputs): a row for each example or, of a head on tokens, for each real token.
+
+    Of a decoder that writes text a row is what follows the last token.
+    """
+    rows = []
+    for batch in inputs:
+        found = model(**batch)
+        logits = getattr(found, "logits", None)
+        if logits is None:  # extractive question answering
+            logits = torch.stack([found.start_logits, found.end_logits], dim=-1)
+        if logits.dim() == 3:
+            real = batch["attention_mask"].bool()
+            if is_causal(model):
+                real = real & (real.flip(-1).cumsum(-1).flip(-1) == 1)
+            logits = logits[real]
+        rows.append(logits.float())
+    return torch.cat(rows)
 
 
 class Turning(TrainerCallback):

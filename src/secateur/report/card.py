@@ -81,7 +81,7 @@ def card(result: dict[str, Any]) -> str:
         threads=setting["threads"],
         cpu=_cell(result["machine"].get("cpu", "unknown processor")),
         metric_line=f"Metrics: task {_cell(task['name'])}, split {task['split']}, {task['examples']} examples.",
-        head="SequenceClassification",
+        head="TokenClassification" if task["kind"] == "token_classification" else "SequenceClassification",
         dial=_dial(result["edits"]),
         command=_cell(result["command"]),
         settings=_cell(", ".join(f"{key} {value}" for key, value in method.items() if key != "name")),

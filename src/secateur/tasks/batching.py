@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secateur.errors import InvalidData
+from secateur.tasks.tagging import IGNORED, align
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +39,7 @@ class Encoded:
     Attributes:
         columns: tokenizer output name → one list of ids per row.
         lengths: tokens of each row.
-        labels: class ids or numbers.
+        labels: class ids or numbers; for token classification a list of class ids for each row, one per token.
         pad: value that fills each column up.
         left: True to pad on the left.
         longest: no row is padded beyond this.
@@ -60,13 +63,18 @@ class Encoded:
         width = min(-(-longest // multiple) * multiple, max(self.longest, longest))
         batch = {}
         for name, values in self.columns.items():
-            tensor = torch.full((len(rows), width), self.pad[name], dtype=torch.long)
-            for i, row in enumerate(rows):
-                ids = torch.tensor(values[row], dtype=torch.long)
-                tensor[i, width - len(ids) if self.left else 0 :][: len(ids)] = ids
-            batch[name] = tensor
-        batch["labels"] = torch.tensor([self.labels[row] for row in rows], dtype=self.dtype)
+            batch[name] = self._filled([values[row] for row in rows], width, self.pad[name])
+        labels = [self.labels[row] for row in rows]
+        tags = bool(labels) and isinstance(labels[0], list)
+        batch["labels"] = self._filled(labels, width, IGNORED) if tags else torch.tensor(labels, dtype=self.dtype)
         return batch
+
+    def _filled(self, rows: Sequence[list[int]], width: int, value: int) -> Tensor:
+        """Lists of numbers as (rows, width), filled up on the tokenizer's side."""
+        tensor = torch.full((len(rows), width), value, dtype=torch.long)
+        for i, row in enumerate(rows):
+            tensor[i, width - len(row) if self.left else 0 :][: len(row)] = torch.tensor(row, dtype=torch.long)
+        return tensor
 
 
 def token_limit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> int:
@@ -100,7 +108,16 @@ def encode(
         data = data.select(rows)
     longest = min(max_length or MAX_TOKENS, token_limit(tokenizer))
     texts = [list(data[column][:]) for column in task.text_columns]
-    output = tokenizer(*texts, truncation=True, max_length=longest)
+    tags = task.kind == "token_classification"
+    try:
+        output = tokenizer(*texts, truncation=True, max_length=longest, is_split_into_words=tags)
+    except (AssertionError, ValueError) as error:  # tokenizers that mark the space before a word
+        raise InvalidData(
+            f"the tokenizer takes no list of words ({error}): open it with add_prefix_space=True"
+        ) from error
+    labels = list(data[task.label_column][:])
+    if tags:
+        labels = [align(row, output.word_ids(i)) for i, row in enumerate(labels)]
     columns = {name: output[name] for name in tokenizer.model_input_names if name in output}
     pad = dict.fromkeys(columns, 0)
     pad["input_ids"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
@@ -109,11 +126,11 @@ def encode(
     return Encoded(
         columns=columns,
         lengths=[len(ids) for ids in columns["input_ids"]],
-        labels=list(data[task.label_column][:]),
+        labels=labels,
         pad=pad,
         left=tokenizer.padding_side == "left",
         longest=longest,
-        dtype=torch.long if task.kind == "classification" else torch.float32,
+        dtype=torch.float32 if task.kind == "regression" else torch.long,
     )
 
 

@@ -26,7 +26,9 @@ PAIRS = (
     ("sentence_a", "sentence_b"),
 )
 SINGLES = ("text", "sentence", "review", "content", "comment", "tweet", "message", "document", "body", "question")
+WORDS = ("tokens", "words")
 LABELS = ("label", "labels", "target", "score", "rating", "class", "category", "sentiment", "stars", "y")
+TAGS = ("ner_tags", "tags", "pos_tags", "chunk_tags", "upos")
 STRINGS = ("string", "large_string", "string_view")
 
 
@@ -75,10 +77,36 @@ def find_label(data: Dataset, wanted: str | None) -> str:
         _require(data, wanted, "label")
         return wanted
     by_name = {column.casefold(): column for column in data.column_names}
-    for name in LABELS:
+    for name in (*LABELS, *TAGS):
         if name in by_name:
             return by_name[name]
     raise InvalidData(f"no label column ({_found(data)}): name it with label= of load_task (--label)")
+
+
+def find_words(data: Dataset, wanted: Sequence[str] | None, label: str) -> str:
+    """Return the column of lists of words, for a label column of lists.
+
+    Raises:
+        InvalidData: if it cannot be told; the message lists the columns found.
+    """
+    if wanted is not None:
+        if len(wanted) != 1:
+            raise InvalidData(f"a label for each word takes one column of words, not {len(wanted)} ({_found(data)})")
+        _require(data, wanted[0], "text")
+    lists = [column for column in wanted or data.column_names if column != label and is_list(data, column)]
+    lists = [column for column in lists if getattr(data.features[column].feature, "dtype", None) in STRINGS]
+    named = [column for column in lists if column.casefold() in WORDS]
+    if len(lists) != 1 and len(named) != 1:
+        raise InvalidData(
+            f"column {label!r} holds lists, a label for each word, which needs a column of lists of words "
+            f"({_found(data)}): name it with text= of load_task (--text), or another label with label= (--label)"
+        )
+    return named[0] if len(named) == 1 else lists[0]
+
+
+def is_list(data: Dataset, column: str) -> bool:
+    """Whether a column holds lists."""
+    return hasattr(data.features[column], "feature")
 
 
 def check_text(data: Dataset, columns: Iterable[str], where: str) -> None:
@@ -95,7 +123,7 @@ def check_text(data: Dataset, columns: Iterable[str], where: str) -> None:
 
 
 def read_labels(data: Dataset, column: str, where: str) -> list[Any]:
-    """Return the labels of a split as plain numbers or strings.
+    """Return the labels of a split as plain numbers or strings; those of words one row after the other.
 
     Args:
         data: the split.
@@ -107,6 +135,8 @@ def read_labels(data: Dataset, column: str, where: str) -> list[Any]:
     """
     _require(data, column, "label")
     values = list(data[column][:])
+    if is_list(data, column):
+        return [value for row in values for value in row]
     for row, value in enumerate(values, start=1):
         if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
             raise InvalidData(
@@ -123,7 +153,8 @@ def read_labels(data: Dataset, column: str, where: str) -> list[Any]:
 
 def class_names(data: Dataset, column: str) -> tuple[str, ...] | None:
     """Return the class names that a dataset carries with its integer labels, or None."""
-    names = getattr(data.features[column], "names", None)
+    feature = data.features[column]
+    names = getattr(getattr(feature, "feature", feature), "names", None)
     return tuple(str(name) for name in names) if names else None
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from secateur.errors import InvalidModel
 from secateur.hub import carry_edits, open_model, open_tokenizer
@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def head_class(task: Task) -> Any:
+    """The transformers class that opens a model with a head for a task."""
+    return (
+        AutoModelForTokenClassification if task.kind == "token_classification" else AutoModelForSequenceClassification
+    )
+
+
 def open_base(
     model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None, task: Task
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a float32 sequence classifier for a task, with its labels in the config, and the tokenizer.
+    """Return a float32 classifier for a task, with its labels in the config, and the tokenizer.
 
     Args:
         model: folder, hub id or live model; a head of another size is replaced by a new one.
@@ -34,7 +41,8 @@ def open_base(
     source = where if tokenizer is None else tokenizer
     tokens = open_tokenizer(source) if isinstance(source, str | Path) else source
     labels = label_config(task)
-    net = _open_model(model, labels) if isinstance(model, str | Path) else _with_head(model, labels)
+    cls = head_class(task)
+    net = _open_model(model, labels, cls) if isinstance(model, str | Path) else _with_head(model, labels, cls)
     for name, value in labels.items():
         setattr(net.config, name, value)
     share_padding(net, tokens)
@@ -51,30 +59,31 @@ def share_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _open_model(source: str | Path, labels: dict[str, Any]) -> PreTrainedModel:
+def _open_model(source: str | Path, labels: dict[str, Any], cls: Any) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError):
-        return open_model(source)  # says what is wrong
+        return open_model(source, cls)  # says what is wrong
     other_head = config.num_labels != labels["num_labels"]
     for name, value in labels.items():
         setattr(config, name, value)
-    return open_model(source, config=config, ignore_mismatched_sizes=other_head)
+    return open_model(source, cls, config=config, ignore_mismatched_sizes=other_head)
 
 
-def _with_head(model: PreTrainedModel, labels: dict[str, Any]) -> PreTrainedModel:
+def _with_head(model: PreTrainedModel, labels: dict[str, Any], cls: Any) -> PreTrainedModel:
     """Return the live model itself if its head fits, else its body under a new head."""
-    if "ForSequenceClassification" in type(model).__name__ and model.config.num_labels == labels["num_labels"]:
+    head = cls.__name__.removeprefix("AutoModel")
+    if head in type(model).__name__ and model.config.num_labels == labels["num_labels"]:
         return model
     for name, value in labels.items():
         setattr(model.config, name, value)
     try:
-        net: PreTrainedModel = AutoModelForSequenceClassification.from_config(model.config)
+        net: PreTrainedModel = cls.from_config(model.config)
     except ValueError as error:
-        raise InvalidModel(
-            f"{type(model).__name__} has no sequence classifier in transformers: use another model"
-        ) from error
+        raise InvalidModel(f"{type(model).__name__} has no class {head} in transformers: use another model") from error
     body: nn.Module = model.base_model
+    if getattr(net.base_model, "pooler", None) is None and getattr(body, "pooler", None) is not None:
+        body.pooler = None  # type: ignore[assignment]  # else it is saved, and transformers wonders
     setattr(net, net.base_model_prefix, body)
     carry_edits(model, net)
     return net

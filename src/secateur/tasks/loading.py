@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import InvalidData
-from secateur.tasks.columns import check_text, class_names, find_label, find_text, read_labels
+from secateur.tasks.columns import check_text, class_names, find_label, find_text, find_words, is_list, read_labels
 from secateur.tasks.files import read_file, read_folder
 from secateur.tasks.presets import PRESETS, preset_name, preset_splits
 from secateur.tasks.split import split_rows
+from secateur.tasks.tagging import are_bio, check_words
 from secateur.tasks.task import SPLITS, Kind, Task
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 METRICS: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("spearman", "pearson"),
+    "token_classification": ("entity_f1", "accuracy"),
 }
 DEFAULT_METRICS: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "f1"),
     "regression": ("spearman", "pearson"),
+    "token_classification": ("entity_f1", "accuracy"),
 }
 THREE_WAYS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 TWO_WAYS = {"train": 0.9, "validation": 0.1}
@@ -46,7 +49,7 @@ def load_task(
             dataset.
         text: the text column, or two of them (also as `"a,b"`); found by type and common names if None.
         label: the label column; found by common names if None. Floats mean regression, whole numbers and
-            strings classes.
+            strings classes. Lists of words with lists of labels (Parquet, JSON lines) mean token classification.
         metric: the metric that decides; the task's usual one if None.
         seed: of the split, when the data has no validation rows: 80/10/10 for one table, 90/10 of the training
             rows else.
@@ -101,20 +104,32 @@ def _build(
     data = _named_splits(name, splits)
     sample = next(iter(data.values()))
     label = find_label(sample, label)
-    columns = find_text(sample, text, label)
+    tags = is_list(sample, label)
+    columns = (find_words(sample, text, label),) if tags else find_text(sample, text, label)
     for split, rows in data.items():
-        check_text(rows, columns, _where(name, split))
+        if tags:
+            check_words(rows, columns[0], label, _where(name, split))
+        else:
+            check_text(rows, columns, _where(name, split))
     values = {split: read_labels(rows, label, _where(name, split)) for split, rows in data.items()}
     if names is None and len(data) > 0:
         names = class_names(sample, label)
     data, values = _without_hidden(data, values, known_names=names is not None)
     kind: Kind = "regression" if _are_floats(values) else "classification"
+    if tags and kind == "regression":
+        raise InvalidData(
+            f"{name}: column {label!r} holds a number for each word: write classes, as names or whole numbers"
+        )
+    kind = "token_classification" if tags else kind
     if kind == "regression":
         names, count = None, 1
     else:
         names, count, values = _class_ids(name, values, names)
     data = {split: _relabel(rows, label, values[split], kind) for split, rows in data.items()}
     data = _split(data, columns, label, kind, seed)
+    metrics = DEFAULT_METRICS[kind]
+    if tags and not are_bio(names):
+        metrics = ("accuracy",)
     return Task(
         name=name,
         train=data.get("train"),
@@ -125,8 +140,8 @@ def _build(
         kind=kind,
         num_labels=count,
         label_names=names,
-        metric=DEFAULT_METRICS[kind][0],
-        metrics=DEFAULT_METRICS[kind],
+        metric=metrics[0],
+        metrics=metrics,
     )
 
 
@@ -213,6 +228,9 @@ def _check_classes(name: str, known: set[Any], rows: int) -> None:
 
 def _relabel(rows: Dataset, label: str, values: list[Any], kind: Kind) -> Dataset:
     """Replace the label column by plain ids or numbers."""
+    if kind == "token_classification":
+        ids = iter(values)
+        return rows.remove_columns(label).add_column(label, [[next(ids) for _ in row] for row in rows[label][:]])
     number = int if kind == "classification" else float
     return rows.remove_columns(label).add_column(label, [number(value) for value in values])
 
@@ -226,7 +244,7 @@ def _split(data: dict[str, Dataset], columns: tuple[str, ...], label: str, kind:
     else:
         return data
     keys: list[Hashable] = [
-        tuple(" ".join(text.split()).casefold() for text in texts)
+        tuple(" ".join(text.split() if isinstance(text, str) else text).casefold() for text in texts)
         for texts in zip(*(source[column][:] for column in columns), strict=True)
     ]
     strata: list[Hashable] = list(source[label][:]) if kind == "classification" else [0] * len(source)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from secateur.errors import InvalidData, InvalidModel
 from secateur.progress import track
 from secateur.tasks.batching import batches, token_limit
-from secateur.tasks.heads import share_padding
+from secateur.tasks.heads import head_class, share_padding
+from secateur.tasks.tagging import IGNORED, by_words, entity_counts, padded
 from secateur.tasks.task import Task, check_labels, fingerprint
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ class Evaluation:
 
     Attributes:
         metrics: metric → fraction (0.9 is 90 %), in the task's order.
-        logits: (examples, outputs) in the order of the data, float32.
-        labels: (examples,) class ids in the model's order, or numbers.
+        logits: (examples, outputs) in the order of the data, float32; (examples, words, outputs) for token
+            classification, 0 beyond an example's words.
+        labels: (examples,) class ids in the model's order, or numbers; (examples, words), -100 beyond.
     """
 
     metrics: dict[str, float]
@@ -49,6 +51,10 @@ def compute(task: Task, logits: Tensor, labels: Tensor) -> dict[str, float]:
         logits: (examples, outputs).
         labels: (examples,).
     """
+    if task.kind == "token_classification":
+        once = torch.ones(1, len(labels), dtype=torch.float64)
+        names = task.label_names or ()
+        return {name: float(bootstrap_metric(name, logits, labels, once, names)) for name in task.metrics}
     return {name: _one(name, task.num_labels, logits, labels) for name in task.metrics}
 
 
@@ -88,7 +94,7 @@ def evaluate(
     """Run a model over a split, in the model's own precision.
 
     Args:
-        model: a sequence classifier or regressor.
+        model: a classifier of sequences or tokens, or a regressor.
         tokenizer: of the model.
         task: the data; class ids are brought into the model's order.
         split: `"train"`, `"validation"` or `"test"`.
@@ -109,13 +115,19 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            parts = [_logits(model, batch) for batch in track(data, f"evaluating {task.name} ({split})", show=progress)]
+            seen = track(data, f"evaluating {task.name} ({split})", show=progress)
+            parts = [_logits(model, batch, head_class(task)) for batch in seen]
     finally:
         model.train(training)
     back = torch.argsort(torch.tensor(data.order))
-    logits = torch.cat(parts)[back]
-    labels = torch.cat([batch["labels"] for batch in data])[back]
-    finite = torch.isfinite(logits).all(dim=-1)
+    answers = [batch["labels"] for batch in data]
+    if task.kind == "token_classification":
+        words = [by_words(*pair) for pair in zip(parts, answers, strict=True)]
+        logits, labels = padded([w for pair in words for w in pair[0]], [w for pair in words for w in pair[1]])
+    else:
+        logits, labels = torch.cat(parts), torch.cat(answers)
+    logits, labels = logits[back], labels[back]
+    finite = torch.isfinite(logits).flatten(1).all(dim=-1)
     if not bool(finite.all()):
         raise InvalidModel(
             f"{int((~finite).sum())} of {len(logits)} outputs are NaN or infinite: the weights are damaged or overflow "
@@ -124,13 +136,14 @@ def evaluate(
     return Evaluation(compute(task, logits, labels), logits, labels)
 
 
-def _logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor], cls: Any) -> Tensor:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     logits = getattr(model(**inputs), "logits", None)
-    if logits is None or logits.dim() != 2:
+    if logits is None or logits.dim() != 1 + batch["labels"].dim():
+        kind = "text" if batch["labels"].dim() == 1 else "token"
         raise InvalidModel(
-            f"{type(model).__name__} gives no logits per text: open it with AutoModelForSequenceClassification, or "
-            "`secateur finetune` it first"
+            f"{type(model).__name__} gives no logits per {kind}: open it with {cls.__name__}, or `secateur finetune` "
+            "it first"
         )
     return torch.as_tensor(logits).float().cpu()
 
@@ -142,6 +155,7 @@ def paired_bootstrap(
     labels: Tensor,
     n: int = 2000,
     seed: int = 0,
+    names: Sequence[str] = (),
 ) -> tuple[float, float, float]:
     """Return how much better `b` is than `a` on the same examples, with its 95 % percentile interval.
 
@@ -152,6 +166,7 @@ def paired_bootstrap(
         labels: (examples,).
         n: resamples with replacement; both models see the same ones.
         seed: of the resamples.
+        names: of the classes, for "entity_f1".
 
     Returns:
         (metric of b - metric of a, lower bound, upper bound).
@@ -175,20 +190,22 @@ def paired_bootstrap(
             counts = torch.zeros(rows.shape, dtype=torch.float64)
             counts.scatter_add_(1, rows, torch.ones_like(counts))
             differences.append(
-                bootstrap_metric(metric, b_logits, labels, counts) - bootstrap_metric(metric, a_logits, labels, counts)
+                bootstrap_metric(metric, b_logits, labels, counts, names)
+                - bootstrap_metric(metric, a_logits, labels, counts, names)
             )
     if callable(metric):
         point = metric(b_logits, labels) - metric(a_logits, labels)
     else:
         once = torch.ones(1, size, dtype=torch.float64)
         point = float(
-            bootstrap_metric(metric, b_logits, labels, once) - bootstrap_metric(metric, a_logits, labels, once)
+            bootstrap_metric(metric, b_logits, labels, once, names)
+            - bootstrap_metric(metric, a_logits, labels, once, names)
         )
     low, high = torch.quantile(torch.cat(differences), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return point, low, high
 
 
-def bootstrap_metric(name: str, logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+def bootstrap_metric(name: str, logits: Tensor, labels: Tensor, counts: Tensor, names: Sequence[str] = ()) -> Tensor:
     """Return a metric on many resamples at once, equal to `compute` on each.
 
     Args:
@@ -196,6 +213,7 @@ def bootstrap_metric(name: str, logits: Tensor, labels: Tensor, counts: Tensor) 
         logits: (examples, outputs).
         labels: (examples,).
         counts: (resamples, examples): how often each example was drawn; float64.
+        names: of the classes, for "entity_f1".
 
     Returns:
         (resamples,) float64.
@@ -205,6 +223,8 @@ def bootstrap_metric(name: str, logits: Tensor, labels: Tensor, counts: Tensor) 
         if name == "pearson":
             return _correlation(x.expand_as(counts), y.expand_as(counts), counts)
         return _correlation(_ranks(x, counts), _ranks(y, counts), counts)
+    if logits.dim() == 3:
+        return _f1_of_counts(counts @ _word_counts(name, logits, labels, names))
     classes = max(logits.shape[-1], 2)
     cells = torch.nn.functional.one_hot(labels.long() * classes + logits.argmax(dim=-1), classes * classes).double()
     confusion = (counts @ cells).reshape(-1, classes, classes)
@@ -220,6 +240,22 @@ def bootstrap_metric(name: str, logits: Tensor, labels: Tensor, counts: Tensor) 
         spread = (total**2 - (actual**2).sum(dim=1)) * (total**2 - (predicted**2).sum(dim=1))
         return torch.where(spread > 0, covariance / spread.clamp_min(1e-30).sqrt(), torch.zeros_like(spread))
     raise InvalidData(f"unknown metric {name!r}: use accuracy, f1, matthews, pearson or spearman")
+
+
+def _word_counts(name: str, logits: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
+    """(hits, predicted, actual) of each example, (examples, 3) float64: of entities, or of words for accuracy."""
+    if name == "entity_f1":
+        return entity_counts(logits, labels, names)
+    if name != "accuracy":
+        raise InvalidData(f"unknown metric {name!r} of words: use entity_f1 or accuracy")
+    words = (labels != IGNORED).sum(dim=1)
+    return torch.stack([(logits.argmax(dim=-1) == labels).sum(dim=1), words, words], dim=1).double()
+
+
+def _f1_of_counts(sums: Tensor) -> Tensor:
+    """F1 from (hits, predicted, actual) in the last axis, 0 where nothing is; the share of hits if they are equal."""
+    hits, predicted, actual = sums.unbind(dim=-1)
+    return 2 * hits / (predicted + actual).clamp_min(1)
 
 
 def _f1(hits: Tensor, size: Tensor) -> Tensor:

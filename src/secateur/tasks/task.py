@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from secateur.errors import InvalidData
+from secateur.tasks.tagging import renumbered
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "token_classification"]
 SPLITS = ("train", "validation", "test")
 
 
@@ -27,9 +28,10 @@ class Task:
         train: rows to learn from; None when the data has none. So are `validation` and `test`.
         validation: rows to choose by.
         test: rows to report on.
-        text_columns: one column of text, or two for sentence pairs.
-        label_column: class ids from 0 (classification), or numbers (regression).
-        kind: `"classification"` or `"regression"`.
+        text_columns: one column of text, or two for sentence pairs; of lists of words for token classification.
+        label_column: class ids from 0 (classification), numbers (regression), or a list of class ids, one for each
+            word (token classification).
+        kind: `"classification"`, `"regression"` or `"token_classification"`.
         num_labels: number of classes; 1 for regression.
         label_names: name of each class id; None if the data only has ids.
         metric: the metric that decides.
@@ -76,7 +78,7 @@ def check_labels(task: Task, model: PreTrainedModel) -> Task:
 
     Args:
         task: the task.
-        model: a sequence classifier.
+        model: a classifier of sequences or tokens.
 
     Returns:
         The task itself, or a copy whose class ids were permuted to the model's order.
@@ -140,9 +142,10 @@ def label_config(task: Task) -> dict[str, Any]:
     if task.kind == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     names = task.label_names or tuple(f"LABEL_{i}" for i in range(task.num_labels))
+    problem = {"problem_type": "single_label_classification"} if task.kind == "classification" else {}
     return {
         "num_labels": task.num_labels,
-        "problem_type": "single_label_classification",
+        **problem,
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
     }
@@ -162,7 +165,7 @@ def _permuted(task: Task, new_id: list[int], names: tuple[str, ...]) -> Task:
     def renumber(data: Dataset | None) -> Dataset | None:
         if data is None:
             return None
-        ids = [new_id[i] for i in data[task.label_column][:]]
+        ids = renumbered(data[task.label_column][:], new_id)
         return data.remove_columns(task.label_column).add_column(task.label_column, ids)
 
     return replace(

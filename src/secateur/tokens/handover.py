@@ -82,6 +82,7 @@ def install(model: nn.Module, beginner: Beginner) -> None:
     for index, layer in enumerate(layers):
         attention = heads[index].module
         if spec.probabilities:
+            layer.get_submodule(spec.values).register_forward_hook(_Values())
             layer.get_submodule(spec.probabilities).register_forward_pre_hook(_Watch())
         else:
             attention.config = AttentionConfig(attention.config)  # type: ignore[assignment]
@@ -190,13 +191,25 @@ class _Begin:
         return (given.pop("hidden_states"),), given
 
 
+class _Values:
+    """After the values are made: keep them for the score."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        now = CURRENT.get()
+        if now is not None and now.scoring:
+            now.values = output
+
+
 class _Watch:
     """Before the dropout on attention's probabilities: score the tokens."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         now = CURRENT.get()
         if now is not None and now.scoring:
-            now.observe(now.score(args[0], now.layout.valid, None))
+            probabilities = args[0]
+            values = None if now.values is None else now.values.unflatten(-1, (probabilities.shape[1], -1))
+            now.observe(now.score(probabilities, now.layout.valid, None if values is None else values.transpose(1, 2)))
+            now.values = None
 
 
 class _Shorten:

@@ -40,7 +40,7 @@ def column_attention(
         values: (batch, heads, keys, head width); given, each head's attention is weighted by ‖v_j‖, which makes S_j
             the size of token j's contribution to the context. The scores are then scaled to a sum of 1.
         causal: token i sees tokens 0 … i only, which favours early ones: each sum is divided by the one under uniform
-            causal attention, Σ_{i ≥ j} 1/(i + 1). Real tokens come first.
+            causal attention, Σ_{i ≥ j} 1/(i + 1), or Σ_{i > j} without the diagonal. Real tokens come first.
 
     Returns:
         (batch, keys), detached, float32; -inf for padding.
@@ -54,7 +54,7 @@ def column_attention(
         columns = columns * values.detach().float().norm(dim=-1)
     total = columns.sum(dim=1)
     if causal:
-        total = total / _uniform_causal(real)
+        total = total / _uniform_causal(real, diagonal)
     if values is None and causal:
         score = total / attention.shape[1]
     elif values is None:
@@ -64,10 +64,13 @@ def column_attention(
     return score.masked_fill(~real, -math.inf)
 
 
-def _uniform_causal(real: Tensor) -> Tensor:
-    """Σ_{i ≥ j, i real} 1/(i + 1), (batch, keys); 1 for padding."""
+def _uniform_causal(real: Tensor, diagonal: bool) -> Tensor:
+    """Column sums of uniform causal attention, (batch, keys); 1 for padding, and where nothing looks."""
     share = real / torch.arange(1, real.shape[1] + 1, device=real.device)
-    return share.flip(-1).cumsum(-1).flip(-1).masked_fill(~real, 1)
+    after = share.flip(-1).cumsum(-1).flip(-1)
+    if not diagonal:
+        after = torch.cat([after[:, 1:], after.new_zeros(len(after), 1)], dim=1)
+    return after.masked_fill(~real | (after == 0), 1)
 
 
 def smoothed(score: Tensor, before: Tensor | None, beta: float) -> Tensor:

@@ -20,6 +20,7 @@ class TokenSpec:
             layer's output is shortened.
         probabilities: the dropout module that attention's softmax goes through, for families that do not call
             transformers' attention interface; they run padded only.
+        values: the linear layer that makes the values, for those families.
         carried: inputs of a layer that belong to token positions, and what they are: `rotary` is (cos, sin), each
             (1 or batch, tokens, width); `pair_bias` (batch, heads, queries, keys) is added to attention's logits;
             `pair_index` (1, queries, keys) numbers relative positions.
@@ -31,6 +32,7 @@ class TokenSpec:
     ffn_norm: str = ""
     ffn: str = ""
     probabilities: str = ""
+    values: str = ""
     carried: tuple[tuple[str, Carried], ...] = ()
     causal: bool = False
 
@@ -45,10 +47,16 @@ TOKEN_SPECS: dict[str, TokenSpec] = {
     "electra": _BERT,
     "distilbert": TokenSpec(residual="sa_layer_norm"),
     "mpnet": TokenSpec(
-        residual="attention", probabilities="attention.attn.dropout", carried=(("position_bias", "pair_bias"),)
+        residual="attention",
+        probabilities="attention.attn.dropout",
+        values="attention.attn.v",
+        carried=(("position_bias", "pair_bias"),),
     ),
     "deberta-v2": TokenSpec(
-        residual="attention", probabilities="attention.self.dropout", carried=(("relative_pos", "pair_index"),)
+        residual="attention",
+        probabilities="attention.self.dropout",
+        values="attention.self.value_proj",
+        carried=(("relative_pos", "pair_index"),),
     ),
     "modernbert": TokenSpec(ffn_norm="mlp_norm", ffn="mlp", carried=(("position_embeddings", "rotary"),)),
     "gpt2": TokenSpec(ffn_norm="ln_2", ffn="mlp", causal=True),

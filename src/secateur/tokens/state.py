@@ -31,8 +31,8 @@ class Selection:
         chooser: overrides the score: given (layer, score, layout) it returns another one. For controls such as random.
     """
 
-    weighting: Weighting = "attention"
-    diagonal: bool = True
+    weighting: Weighting = "value"
+    diagonal: bool = False
     beta: float = 0.0
     protected: int = 1
     recent: int = 0
@@ -57,6 +57,7 @@ class Pass:
         self.layer = -1
         self.scoring = False
         self.seen: dict[int, Tensor] = {}
+        self.values: Tensor | None = None
         self.watching = kept is None
         self._targets = (
             counts(self.layout.lengths, kept, selection.protected + selection.recent) if kept is not None else []

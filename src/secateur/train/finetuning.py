@@ -46,7 +46,9 @@ def finetune(
     checkpoint_seconds: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Fine-tune a model on a task and save it as a folder that `AutoModelForSequenceClassification` opens.
+    """Fine-tune a model on a task and save it as a folder that plain transformers opens.
+
+    With `AutoModelForSequenceClassification`, or `AutoModelForTokenClassification` for a class for each word.
 
     Checkpoints live in `<out>.run` beside the result until it is complete; a run that was killed goes on from the last
     one with `resume=True` and ends in the same weights, bit for bit at the same number of threads.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import nn
 
+from secateur.tasks.tagging import IGNORED
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -34,7 +36,11 @@ def distilled(teacher: PreTrainedModel, weight: float, temperature: float = 2.0)
             teacher.to(found.logits.device)
         with torch.no_grad():
             wanted = teacher(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-        loss: torch.Tensor = (1 - weight) * found.loss + weight * output_distance(found.logits, wanted, temperature)
+        logits = found.logits
+        if logits.dim() == 3:  # a class for each word
+            counted = batch["labels"] != IGNORED
+            logits, wanted = logits[counted], wanted[counted]
+        loss: torch.Tensor = (1 - weight) * found.loss + weight * output_distance(logits, wanted, temperature)
         return loss
 
     return objective
