@@ -279,12 +279,13 @@ def export(
     ] = None,
     format: Annotated[str, typer.Option("--format", "-f", help="onnx or openvino.")] = "onnx",
     tokenizer: TokenizerOption = None,
+    speedup: Annotated[float | None, typer.Option(help="Where to turn a latency dial for it; ONNX only.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write ONNX or OpenVINO with dynamic batch and length, and check that it computes the same."""
     from secateur import api
 
-    folder = api.export(model, out, format, tokenizer)
+    folder = api.export(model, out, format, tokenizer, speedup=speedup)
     _show({"folder": str(folder)}, as_json, lambda: typer.echo(str(folder)))
 
 

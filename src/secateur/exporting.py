@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur import hub
-from secateur.edits.tokens import ATTRIBUTE, Dial
+from secateur.edits.tokens import dial_of, has_dial, turned_to
 from secateur.errors import InvalidModel, MissingExtra, SecateurError, UnsupportedModel
 from secateur.families import family_of
+from secateur.tokens.handover import is_causal
 
 CHECK_FILE = "check.json"
 EXAMPLE = (2, 8)
@@ -68,6 +69,7 @@ def export(
     format: str = "onnx",
     tokenizer: Any = None,
     tolerance: float = 1e-4,
+    speedup: float | None = None,
 ) -> Path:
     """Write a model as ONNX or OpenVINO with dynamic batch and length, after checking that it computes the same.
 
@@ -79,6 +81,8 @@ def export(
         tokenizer: the model's tokenizer or its folder, saved beside the graph; default the one in the model folder. Its
             `model_input_names` become the graph's inputs.
         tolerance: largest absolute difference allowed between any output of the file and of the torch model.
+        speedup: where to turn the model's dial for it; None leaves it where it stands. The file then drops as many
+            tokens for good: ONNX of encoders only.
 
     Returns:
         The folder, with `model.onnx` or `openvino_model.xml`, the config, the tokenizer, and the measured differences
@@ -88,13 +92,12 @@ def export(
         MissingExtra: the packages of the format are not installed.
         InvalidModel: the model cannot be opened, or is not float32.
         UnsupportedModel: the model is an encoder-decoder.
-        SecateurError: a latency dial does not stand at 1, the conversion fails, the result differs by more than
-            `tolerance`, or `out` holds something else.
+        SecateurError: a latency dial is turned in a decoder or for OpenVINO, the conversion fails, the result differs
+            by more than `tolerance`, or `out` holds something else.
     """
     chosen = _format(format)
     target = _target(folder_or_model, out, format)
     model, tokenizer = _open(folder_or_model, tokenizer)
-    _check_exportable(model)
     names = input_names(model, tokenizer)
 
     def write(fresh: Path) -> None:
@@ -105,7 +108,8 @@ def export(
         (fresh / CHECK_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _save_companions(folder_or_model, tokenizer, fresh)
 
-    with _inference(model):
+    with _inference(model), turned_to(model, speedup):
+        _check_exportable(model, format)
         return hub.save_folder(target, write)
 
 
@@ -270,14 +274,14 @@ def _open(source: str | Path | nn.Module, tokenizer: Any) -> tuple[nn.Module, An
     return model, hub.open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
 
 
-def _check_exportable(model: nn.Module) -> None:
+def _check_exportable(model: nn.Module, format: str) -> None:
     family = family_of(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"Export covers encoders: a '{family.name}' model needs one graph per generation step.")
-    if isinstance(dial := getattr(model, ATTRIBUTE, None), Dial) and dial.alpha > 0:
+    if has_dial(model) and dial_of(model).alpha > 0 and (is_causal(model) or format != "onnx"):
         raise SecateurError(
-            "Export writes the dense model, and this one's dial stands at a speed-up of "
-            f"{dial.speedup:.3g}: set model.secateur.speedup = 1 first, and save."
+            f"This model's dial stands at a speed-up of {dial_of(model).speedup:.3g}; of decoders, and for OpenVINO, "
+            "only the dense model can be exported: use speedup=1 (--speedup 1), or ONNX for an encoder."
         )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:

@@ -136,6 +136,30 @@ def test_kept_tokens_are_nested_ascending_and_hold_the_first(
 
 
 @pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "two stay"])
+def test_the_form_for_export_is_the_same(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any count read out of a tensor: the same results, also of tokens that went."""
+    model = tiny_model(family)
+    if how == "headless":
+        sub = SubNetwork.full(model)
+        heads = (sub.heads[0], (False,) * len(sub.heads[1]), sub.heads[2])
+        apply_edits(model, [Slice(replace(sub, heads=heads))])
+    settings: dict[str, dict[str, Any]] = {"smoothed": {"beta": 0.5}, "two stay": {"protected": 2}}
+    DropTokens(profile=(0.8, 0.8, 0.3), tokens=16, alpha=1.0, **settings.get(how, {})).apply(model)
+    batch = ragged((9, 4, 13, 9, 1), width=15)
+    real = batch["attention_mask"].bool()
+    body: Any = model.base_model
+
+    def run() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return logits(model, batch), body(**batch)[0][real]
+
+    expected = run()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
 def test_copies_have_their_own_dial(family: str) -> None:
     model, dial = dialled(family, 1.0)
     twin = copy.deepcopy(model)

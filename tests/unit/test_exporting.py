@@ -190,11 +190,30 @@ def test_openvino_of_a_live_model_replaces_an_earlier_export(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not installed("onnx"), reason="needs the onnx extra")
-def test_a_dial_is_exported_where_it_is_dense_and_refused_elsewhere(tmp_path: Path) -> None:
-    model = tiny_model("bert")
+def test_a_turned_dial_is_in_the_graph(tmp_path: Path) -> None:
+    """One file for every batch and length, with the tokens dropped that the model drops."""
+    import onnxruntime
+
+    model: Any = tiny_model("bert")
     DropTokens(profile=(0.8, 0.5, 0.3), tokens=16, alpha=1.0).apply(model)
-    with pytest.raises(SecateurError, match=r"dial stands at a speed-up of 1\.\d+: set model.secateur.speedup = 1"):
-        export(model, tmp_path / "onnx")
-    model.secateur.speedup = 1  # type: ignore[union-attr]
-    record = json.loads((export(model, tmp_path / "onnx") / CHECK_FILE).read_text())
-    assert record["max_abs_difference"] <= 1e-4
+    out = export(model, tmp_path / "onnx", speedup=1.5)
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    inputs = tiny_batch("bert", batch=4, length=21)
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    (found,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
+    with torch.no_grad():
+        model.secateur.speedup = 1.5
+        assert (torch.from_numpy(found) - model(**inputs).logits).abs().max() <= 1e-5
+        model.secateur.speedup = 1
+        assert (torch.from_numpy(found) - model(**inputs).logits).abs().max() > 1e-3
+    assert json.loads((out / CHECK_FILE).read_text())["max_abs_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(("family", "format"), [("bert", "openvino"), ("gpt2", "onnx")])
+def test_a_turned_dial_that_cannot_be_exported(family: str, format: str, tmp_path: Path) -> None:
+    if not installed(format):
+        pytest.skip(f"needs secateur[{format}]")
+    model = tiny_model(family)
+    DropTokens(profile=(0.8, 0.5, 0.3), tokens=16, alpha=1.0, recent=1).apply(model)
+    with pytest.raises(SecateurError, match=r"dial stands at a speed-up of 1\.\d+; .* use speedup=1"):
+        export(model, tmp_path / "out", format)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
 from secateur.costs.budget import Budget
@@ -21,6 +22,7 @@ from secateur.families import sites
 from secateur.tokens import handover
 from secateur.tokens.scores import Weighting, shares
 from secateur.tokens.state import Pass, Selection
+from secateur.tokens.traced import TracedPass
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -289,6 +291,8 @@ class Dial:
             InvalidData: an example without a single real token.
             SecateurError: gradient checkpointing, which runs layers again when the pass is over.
         """
+        if torch.compiler.is_exporting():
+            return TracedPass(real, self.shares, self.selection)
         if not bool(real.any(dim=-1).all()):
             row = int((~real.any(dim=-1)).nonzero()[0])
             raise InvalidData(f"Row {row} of the attention_mask has no real token: give each text at least one.")

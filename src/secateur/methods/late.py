@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -60,7 +62,7 @@ class Late:
 
     train_speedup: float = 3.0
     epochs: int = 3
-    lr: float = 3e-5
+    lr: float = 1e-4
     batch_size: int = 32
     ramp: float = 0.3
     sandwich: bool = True
@@ -100,11 +102,11 @@ class Late:
 
     def run(self, job: Job) -> Outcome:
         """Measure ACC, train with elimination, set the dial to the budget."""
+        count = -(-self.examples // self.batch_size)
+        sample = partial(job.calibration, count, self.batch_size)
+        acc = job.run.record("acc", lambda: self.measure(job.model, sample(), show=job.show))
         model = copy.deepcopy(job.model)
-        self._edit((1.0,) * layers_of(model), job).apply(model)
-        acc = job.run.record("acc", lambda: self.measure(model, job))
-        model = copy.deepcopy(job.model)
-        edit = self._edit(profile(acc), job)
+        edit = self._edit(model, profile(acc), job.tokens)
         edit.apply(model)
         dial = dial_of(model)
         asked = job.run.record("setting", lambda: setting_for(job, model))  # refused, if so, before the long part
@@ -123,20 +125,35 @@ class Late:
         counted = {"macs": macs(model, job.batch, job.tokens).of(full), "params": params(model).of(full)}
         return Outcome(model, [dial.edit], full, predicted=counted)
 
-    def _edit(self, m: tuple[float, ...], job: Job) -> DropTokens:
-        recent = self.recent or int(is_causal(job.model))
-        return DropTokens(
-            m, job.tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected, recent
-        )
+    def edit(self, model: PreTrainedModel, inputs: Sequence[dict[str, Tensor]], tokens: int = 128) -> DropTokens:
+        """Elimination without training: ACC is measured, and the edit it gives can be applied to the model.
 
-    def measure(self, model: PreTrainedModel, job: Job) -> list[float]:
-        """ACC of each layer of the dense model, from training examples; 1 where a layer has no attention to score."""
-        data = job.calibration(-(-self.examples // self.batch_size), self.batch_size)
-        inputs = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in data]
+        Args:
+            model: an encoder, or a decoder whose prompts are to be shortened; it is left unchanged.
+            inputs: batches of `input_ids` and `attention_mask`, as the model will see them.
+            tokens: length at which a speed-up counts.
+        """
+        return self._edit(model, profile(self.measure(model, inputs)), tokens)
+
+    def _edit(self, model: PreTrainedModel, m: tuple[float, ...], tokens: int) -> DropTokens:
+        recent = self.recent or int(is_causal(model))
+        return DropTokens(m, tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected, recent)
+
+    def measure(
+        self, model: PreTrainedModel, inputs: Sequence[dict[str, Tensor]], *, show: bool = False
+    ) -> list[float]:
+        """ACC of each layer of a dense model, which is left unchanged; 1 where a layer has no attention to score.
+
+        Args:
+            model: the model.
+            inputs: batches of `input_ids` and `attention_mask`.
+            show: show progress on standard error.
+        """
+        twin = copy.deepcopy(model).eval()
+        self._edit(twin, (1.0,) * len(sites(twin).neurons), 1).apply(twin)
+        data = [{name: tensor.to(twin.device) for name, tensor in batch.items()} for batch in inputs]
         with torch.inference_mode():
-            if self.acc == "effect":
-                return self._effect(model.eval(), inputs, job.show)
-            return self._context(model.eval(), inputs, self.acc)
+            return self._effect(twin, data, show) if self.acc == "effect" else self._context(twin, data, self.acc)
 
     def _effect(self, model: PreTrainedModel, inputs: list[dict[str, Tensor]], show: bool) -> list[float]:
         """What each layer must hand on for the output to stay as it is."""
@@ -248,11 +265,6 @@ class Turning(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Turn the dial."""
         self.dial.alpha = self.alpha(state.global_step, state.max_steps)
-
-
-def layers_of(model: PreTrainedModel) -> int:
-    """Layers of an encoder."""
-    return len(sites(model).neurons)
 
 
 def setting_for(job: Job, model: PreTrainedModel) -> float:

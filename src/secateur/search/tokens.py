@@ -17,7 +17,7 @@ def sufficient_shares(
     tolerance: float,
     *,
     least: float = 0.02,
-    precision: float = 1 / 64,
+    precision: float = 1 / 32,
 ) -> list[float]:
     """For each layer the smallest share of the tokens that keeps the output, if layers before hand on everything.
 

@@ -276,7 +276,7 @@ def _padding_mask(spec: TokenSpec, now: Pass, hidden: Tensor) -> Tensor | None:
 def _cut_rotary(value: tuple[Tensor, Tensor], now: Pass, attention: nn.Module) -> tuple[Tensor, Tensor]:
     def pick(table: Tensor) -> Tensor:
         slots = now.layout.slots
-        full = table.expand(len(slots), -1, -1)
+        full = table.expand(slots.shape[0], -1, -1)
         padded = full.gather(1, slots[..., None].expand(*slots.shape, table.shape[-1]))
         return now.layout.pack(padded)[None] if now.layout.packed else padded
 

@@ -47,7 +47,7 @@ def column_attention(
     """
     attention = probabilities.detach().float()
     queries = real.to(attention.dtype)
-    columns = (attention if bool(real.all()) else attention * queries[:, None, :, None]).sum(dim=2)
+    columns = (queries[:, None, None] @ attention).squeeze(2)
     if not diagonal:
         columns = columns - attention.diagonal(dim1=-2, dim2=-1) * queries[:, None]
     if values is not None:
