@@ -275,3 +275,53 @@ def test_a_new_head_keeps_the_dial(made: tuple[Path, secateur.Result], tmp_path:
     )
     again = AutoModelForSequenceClassification.from_pretrained(folder)
     assert dial_of(again).alpha == dial_of(made[1].model).alpha
+
+
+PARALLEL = """
+import sys
+from pathlib import Path
+import torch; torch.set_num_threads(1)
+import torch.distributed as dist
+from safetensors.torch import save_file
+from secateur.edits import DropTokens
+from secateur.edits.tokens import dial_of
+from secateur.methods.late import Turning
+from secateur.train.loop import Settings, fit
+from secateur.train.losses import distilled
+from tests.conftest import tiny_model
+from tests.contract.test_methods import tiny_task, tiny_tokenizer
+
+model = tiny_model("bert")
+DropTokens(profile=(0.8, 0.55, 0.3), tokens=12).apply(model)
+dial = dial_of(model)
+turning = Turning(dial, dial.alpha_for(2.0), 0.3, True, 0)
+settings = Settings(2, 1e-3, 8, 32, 0.1, 0.01, 0, None, False)
+objective = distilled(tiny_model("bert"), 0.5, states=1.0)
+rows = []
+model.register_forward_pre_hook(lambda m, args, given: rows.append(given["input_ids"].sum().item()), with_kwargs=True)
+fit(model, tiny_tokenizer(), tiny_task(80), Path(sys.argv[1]) / "run", settings, objective=objective, callbacks=[turning])
+assert dist.get_world_size() == 2
+rank = dist.get_rank()
+seen = torch.tensor(rows, dtype=torch.long)
+save_file({**model.state_dict(), "seen": seen, "alpha": torch.tensor(dial.alpha)}, f"{sys.argv[1]}/{rank}.safetensors")
+"""
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    """Data parallel over gloo: each process sees its own half of the rows, the dial turns alike, the weights agree."""
+    (tmp_path / "train.py").write_text(PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29512"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "train.py"), str(tmp_path)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert len(first["seen"]) == len(second["seen"]) == 8  # 64 rows, 8 at a time, in two processes, twice
+    assert not torch.equal(first.pop("seen"), second.pop("seen"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["classifier.weight"], tiny_model("bert").state_dict()["classifier.weight"])
