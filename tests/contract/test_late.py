@@ -296,7 +296,7 @@ DropTokens(profile=(0.8, 0.55, 0.3), tokens=12).apply(model)
 dial = dial_of(model)
 turning = Turning(dial, dial.alpha_for(2.0), 0.3, True, 0)
 settings = Settings(2, 1e-3, 8, 32, 0.1, 0.01, 0, None, False)
-objective = distilled(tiny_model("bert"), 0.5, states=1.0)
+objective = distilled(tiny_model("bert"), 0.5)
 rows = []
 model.register_forward_pre_hook(lambda m, args, given: rows.append(given["input_ids"].sum().item()), with_kwargs=True)
 fit(model, tiny_tokenizer(), tiny_task(80), Path(sys.argv[1]) / "run", settings, objective=objective, callbacks=[turning])

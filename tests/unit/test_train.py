@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, TrainerCallback
 
-from secateur.edits import DropTokens, Slice, apply_edits
+from secateur.edits import Slice, apply_edits
 from secateur.errors import InvalidData, InvalidModel, SecateurError
 from secateur.hub import attach, save_model
 from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate, load_task
 from secateur.tasks.batching import BucketSampler
-from secateur.tokens.state import current
 from secateur.train import bf16_pays, distilled, finetune, last_checkpoint, output_distance
-from secateur.train.losses import outputs_of_layers, state_distances, transformer_layers
-from tests.conftest import tiny_model
 from tests.unit import tiny_text
 
 ROOT = Path(__file__).parents[2]
@@ -218,51 +211,3 @@ def test_distilled_loss_mixes_task_and_teacher() -> None:
     assert float(distilled(teacher, 0.25)(net, batch).detach()) == pytest.approx(
         0.75 * task_loss + 0.25 * distance, abs=1e-6
     )
-
-
-@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
-def test_distance_of_hidden_states_counts_the_tokens_that_are_left(family: str) -> None:
-    """Against a pass that keeps everything: of each layer the tokens that it hands on, by hand."""
-    model: Any = tiny_model(family)
-    twin: Any = copy.deepcopy(model)
-    DropTokens(profile=(0.8, 0.55, 0.3), tokens=16, alpha=1.0).apply(twin)
-    ids = torch.randint(5, 99, (2, 10), generator=torch.Generator().manual_seed(0))
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[1, 6:] = False
-    batch = {"input_ids": ids, "attention_mask": real.long()}
-    kept: list[list[Tensor]] = []
-    with torch.no_grad(), outputs_of_layers(model) as wanted:
-        model(**batch)
-    with torch.no_grad(), outputs_of_layers(twin) as found, watched_slots(twin, kept):
-        twin(**batch)
-    assert [[len(slots) for slots in layer] for layer in kept] == [[8, 5], [6, 4], [3, 2]]
-    expected = []
-    for layer in range(3):
-        target = torch.cat([wanted[layer][row, slots] for row, slots in enumerate(kept[layer])])
-        if layer == 2:
-            mine = torch.cat([found[layer][row, slots] for row, slots in enumerate(kept[layer])])
-        elif found[layer].shape[0] == 1:  # packed
-            mine = found[layer][0]
-        else:
-            mine = torch.cat([found[layer][row, : len(slots)] for row, slots in enumerate(kept[layer])])
-        expected.append(float((mine - target).square().mean() / target.var()))
-    with torch.no_grad(), state_distances(twin, wanted, real) as distances:
-        twin(**batch)
-    assert [float(d) for d in distances] == pytest.approx(expected, rel=1e-5)
-    with torch.no_grad(), state_distances(model, wanted, real) as distances:
-        model(**batch)
-    assert [float(d) for d in distances] == pytest.approx([0, 0, 0], abs=1e-10)
-
-
-@contextmanager
-def watched_slots(model: Any, kept: list[list[Tensor]]) -> Iterator[None]:
-    """Notes the places in the input of the tokens that each layer hands on."""
-
-    def note(*_: Any) -> None:
-        now = current()
-        kept.append([row[:n] for row, n in zip(now.layout.slots, now.layout.lengths, strict=True)])
-
-    handles = [layer.register_forward_hook(note) for layer in transformer_layers(model)]
-    yield
-    for handle in handles:
-        handle.remove()

@@ -44,7 +44,6 @@ class Late:
         sandwich: after the ramp, half the steps draw the setting between dense and `train_speedup` and a quarter takes
             each end, so that the whole range of the dial is learned; else every step takes `train_speedup`.
         distill: weight of the distance to the dense model's outputs in the loss, from 0 to 1.
-        states: weight of the distance of the layers' hidden states to the dense model's, beside the rest of the loss.
         acc: what is measured: the "effect" on the output (`search.tokens.sufficient_shares`), or the "mass",
             "participation", "entropy" or "count" of the scores (`tokens.scores.context_size`).
         tolerance: of "effect": the accepted change of the output, as a share of its variance.
@@ -68,7 +67,6 @@ class Late:
     ramp: float = 0.3
     sandwich: bool = True
     distill: float = 0.5
-    states: float = 1.0
     acc: Acc | Literal["effect"] = "effect"
     tolerance: float = 0.05
     rho: float = 0.95
@@ -198,9 +196,7 @@ class Late:
             bf16=bf16_pays(),
         )
         turning = Turning(dial_of(model), goal, self.ramp, self.sandwich, job.seed)
-        objective = None
-        if self.distill or self.states:
-            objective = distilled(copy.deepcopy(job.model), self.distill, states=self.states)
+        objective = distilled(copy.deepcopy(job.model), self.distill) if self.distill else None
         set_seed(job.seed)
         with tempfile.TemporaryDirectory() as spare:
             folder = Path(spare) if job.run.folder is None else job.run.folder / "training"

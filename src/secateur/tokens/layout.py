@@ -77,15 +77,6 @@ class Layout:
         flat = padded.reshape(-1, *padded.shape[2:])
         return flat.index_select(0, self.rows) if self.ragged else flat
 
-    def of_slots(self, states: Tensor) -> Tensor:
-        """States of the whole input (batch, tokens, d) at the tokens that are there, (Σ lengths, d)."""
-        index = self.slots[..., None].expand(*self.slots.shape, states.shape[-1])
-        return self.pack(states.gather(1, index))
-
-    def packed_rows(self, hidden: Tensor) -> Tensor:
-        """Hidden states in this layout's form as (Σ lengths, d)."""
-        return hidden[0] if self.packed else self.pack(hidden)
-
     @cached_property
     def groups(self) -> list[Group]:
         """The packed sequences in groups of like length, each small enough in waste for one attention call."""
