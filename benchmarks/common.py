@@ -27,7 +27,7 @@ SHARED = Path(os.environ.get("SECATEUR_SHARED", HERE.parent.parent / "shared")).
 os.environ.setdefault("SECATEUR_DATA", str(SHARED / "data"))
 
 
-QUESTIONS = {"train": 300, "validation": 150, "test": 150}
+QUESTIONS = {"train": 300, "validation": 75, "test": 150}
 
 
 def real(task: str) -> tuple[Any, Any, Task]:
@@ -54,7 +54,7 @@ def passages() -> Task:
 
     A question comes twice, with its paragraph and another of the article in random order, and with two others of the
     article. 32 articles are to learn from (the first 300 of their shuffled questions), 8 to choose by, 8 to report on
-    (150 questions each).
+    (75 and 150 questions).
     """
     rows = pq.read_table(SHARED / "data" / "xquad_en" / "test.parquet").to_pylist()
     draw = random.Random(0)

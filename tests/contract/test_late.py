@@ -299,7 +299,8 @@ settings = Settings(2, 1e-3, 8, 32, 0.1, 0.01, 0, None, False)
 objective = distilled(tiny_model("bert"), 0.5)
 rows = []
 model.register_forward_pre_hook(lambda m, args, given: rows.append(given["input_ids"].sum().item()), with_kwargs=True)
-fit(model, tiny_tokenizer(), tiny_task(80), Path(sys.argv[1]) / "run", settings, objective=objective, callbacks=[turning])
+folder = Path(sys.argv[1]) / "run"
+fit(model, tiny_tokenizer(), tiny_task(80), folder, settings, objective=objective, callbacks=[turning])
 assert dist.get_world_size() == 2
 rank = dist.get_rank()
 seen = torch.tensor(rows, dtype=torch.long)

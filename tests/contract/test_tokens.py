@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 import secateur.hub as hub
 from secateur.edits import DropTokens, Slice, apply_edits
 from secateur.errors import InvalidData, SecateurError, UnsupportedModel
+from secateur.methods import Late
 from secateur.subnetwork import SubNetwork
 from secateur.tokens.specs import TOKEN_SPECS
 from secateur.tokens.state import Pass
@@ -335,3 +336,38 @@ def test_settings_within_a_context_are_of_one_thread() -> None:
         assert torch.equal(pool.submit(logits, model, batch).result(), turned)
         dial.alpha = 2.0  # set for good, in force after the context
     assert dial.alpha == 2.0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_answers_may_begin_at_tokens_that_went(packed: bool) -> None:
+    """Extractive question answering: every token of the input has a start and an end, and nothing is lost at 1."""
+    body: Any = tiny_model("bert")
+    dense = AutoModelForQuestionAnswering.from_config(body.config).eval()
+    dense.bert.load_state_dict(body.bert.state_dict(), strict=False)  # its weights are large enough to matter
+    model = copy.deepcopy(dense)
+    batch = ragged((9, 13))
+    inputs = [{**batch, "attention_mask": batch["attention_mask"]}]
+    edit = Late(tolerance=0.2).edit(model, inputs, 12)
+    assert edit.profile[0] >= edit.profile[1] >= edit.profile[2] > 1e-3  # the last layer is read at every token
+    edit.apply(model)
+    model.secateur.packed = packed
+    with torch.no_grad():
+        assert torch.equal(model(**batch).start_logits, dense(**batch).start_logits)
+        model.secateur.speedup = 1.5
+        found = model(**batch, start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 4]))
+    assert found.start_logits.shape == found.end_logits.shape == (2, 13)
+    assert bool(found.start_logits.isfinite().all())
+    assert bool(found.loss.isfinite())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_half_precision_on_a_cpu(packed: bool) -> None:
+    """float16 keeps the tokens that float32 keeps, to its own precision."""
+    model: Any = tiny_model("bert")
+    DropTokens(profile=(0.8, 0.55, 0.3), tokens=16, alpha=1.0).apply(model)
+    model.secateur.packed = packed
+    batch = ragged((9, 4, 13))
+    wanted = logits(model, batch)
+    found = logits(nn.Module.half(copy.deepcopy(model)), batch)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.02)

@@ -221,11 +221,11 @@ def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]]) -> Tensor:
     rows = []
     for batch in inputs:
         found = model(**batch)
+        real = batch["attention_mask"].bool()
         logits = getattr(found, "logits", None)
-        if logits is None:  # extractive question answering
-            logits = torch.stack([found.start_logits, found.end_logits], dim=-1)
+        if logits is None:  # where an answer starts and where it ends
+            logits = torch.cat([found.start_logits[real], found.end_logits[real]])[:, None]
         if logits.dim() == 3:
-            real = batch["attention_mask"].bool()
             if is_causal(model):
                 real = real & (real.flip(-1).cumsum(-1).flip(-1) == 1)
             logits = logits[real]
