@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import late_quality
+import late_scores
 import optin_quality
 from common import HERE
 
@@ -50,13 +51,63 @@ def _seeds(record: Any, method: str, split: str, budget: int) -> str:
 
 def late_tables() -> str:
     """Metric against speed-up."""
-    records = [record for task in ("stsb", "sst2") if (record := results(f"late_quality_{task}"))]
+    tasks = ("stsb", "sst2", "wnut17", "passages")
+    records = [record for task in tasks if (record := results(f"late_quality_{task}"))]
     return "\n\n".join(late_quality.table(record, split) for record in records for split in SPLITS)
+
+
+def late_choices() -> str:
+    """What the default score and the default ACC are chosen by."""
+    return late_scores.tables(results("late_scores") or {"rows": []})
+
+
+def late_latency() -> str:
+    """Measured speed-up beside the one of the MACs."""
+    lines = [
+        "| model, dtype | input | form | asked | dense ms | ms | measured | of theory | over dense padded |",
+        "|---" * 9 + "|",
+    ]
+    for dtype in ("fp32", "bf16"):
+        rows = (results(f"late_latency_{dtype}") or {"rows": []})["rows"]
+        dense = {(row["model"], row["case"], row["form"]): row["ms"] for row in rows if row["asked"] == "dense"}
+        lines += [
+            f"| {row['model']}, {dtype} | {row['case']} | {row['form']} | {row['asked']}× | "
+            f"{dense[row['model'], row['case'], row['form']]:.1f} | {row['ms']:.1f} | {row['measured']:.2f}× | "
+            f"{row['of theory']:.0%} | {row['over dense padded']:.2f}× |"
+            for row in rows
+            if row["asked"] != "dense"
+        ]
+    return "\n".join(lines)
+
+
+def late_decoder() -> str:
+    """Perplexity and time to first token."""
+    rows = (results("late_decoder") or {"rows": []})["rows"]
+    judged = [row for row in rows if "choice" in row]
+    asked = sorted({row["asked"] for row in judged})
+    lines = ["| tokens kept | " + " | ".join(f"{k:g}×" for k in asked) + " |", "|---" * (len(asked) + 1) + "|"]
+    for choice in dict.fromkeys(row["choice"] for row in judged):
+        found = {row["asked"]: row for row in judged if row["choice"] == choice}
+        cells = [f"{found[k]['following']:.1f} ({found[k]['restored']:.1f})" if k in found else "" for k in asked]
+        lines.append(f"| {choice} | " + " | ".join(cells) + " |")
+    lines += ["", "| model | prompt | asked | MACs | ms | measured |", "|---" * 6 + "|"]
+    lines += [
+        f"| {row['model']} | {row['prompt']} | {row['asked']:g}× | {row['theory']:.2f}× | {row['ms']:.0f} | "
+        f"{row['faster']:.2f}× |"
+        for row in rows
+        if "prompt" in row
+    ]
+    return "\n".join(lines)
 
 
 BLOCKS = {
     "methods/optin.md": {"quality": optin_tables, "differences": optin_differences},
-    "methods/late.md": {"quality": late_tables},
+    "methods/late.md": {
+        "quality": late_tables,
+        "choices": late_choices,
+        "latency": late_latency,
+        "decoder": late_decoder,
+    },
 }
 
 

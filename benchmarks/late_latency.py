@@ -44,7 +44,7 @@ def cases(model: Any, texts: list[dict[str, Tensor]], shapes: list[tuple[int, in
 def theory(dial: Dial, alpha: float, lengths: list[int]) -> float:
     """MACs of the layers at full length over those at a setting, for texts of these lengths."""
     edit = dial.edit
-    kept = counts(lengths, shares(edit.profile, alpha, edit.least), edit.protected + edit.recent)
+    kept = counts(lengths, shares(edit.profile, alpha, edit.least, edit.steeper), edit.protected + edit.recent)
     dense = sum(dial.costs.macs(n, [n] * len(kept)) for n in lengths)
     return dense / sum(dial.costs.macs(n, [row[i] for row in kept]) for i, n in enumerate(lengths))
 

@@ -11,7 +11,7 @@ from secateur.costs.dial import interpolated
 from secateur.costs.tokens import LayerCost, TokenCosts, token_costs
 from secateur.edits.tokens import DropTokens
 from secateur.errors import InvalidBudget, InvalidData, SecateurError, UnsupportedModel
-from secateur.search.tokens import UNREAD, relative_change, sufficient_shares
+from secateur.search.tokens import UNREAD, Changes, relative_change
 from secateur.tokens.layout import Layout
 from secateur.tokens.scores import column_attention, context_size, counts, profile, shares, smoothed
 from tests.conftest import tiny_model
@@ -95,6 +95,11 @@ def test_profile_is_a_running_minimum() -> None:
 def test_shares_are_powers_with_a_floor() -> None:
     assert shares((0.5, 0.25), 0.0) == (1.0, 1.0)
     assert shares((0.5, 0.25), 2.0, least=0.1) == (0.25, 0.1)
+    second = (0.3, 0.2)  # reached at 2, by way of the geometric mean
+    assert shares((0.5, 0.25), 1.0, steeper=second) == (0.5, 0.25)
+    assert shares((0.5, 0.25), 1.5, steeper=second) == pytest.approx((0.15**0.5, 0.05**0.5))
+    assert shares((0.5, 0.25), 2.0, steeper=second) == pytest.approx(second)
+    assert shares((0.5, 0.25), 3.0, steeper=second) == pytest.approx((0.09, 0.04))
 
 
 @pytest.mark.parametrize(
@@ -239,27 +244,34 @@ def test_causal_attention_without_the_diagonal() -> None:
 
 
 def test_sufficient_shares_are_where_the_output_stays() -> None:
-    """Layer 2 would need 0.6 but gets no more than layer 1 hands on, and nothing reads what leaves layer 3."""
-    needs = (0.8, 0.5, 0.6, 0.0)
+    """Changes 1 - r at layer 0, (1 - r)/2 at layer 1, as much at 2 as at 0; nothing reads what leaves layer 3."""
     asked = []
 
     def change(shares: tuple[float, ...]) -> float:
         asked.append(shares)
         first = next(i for i, share in enumerate(shares) if share < 1)
-        return 0.0 if needs[first] == 0 else 0.05 if shares[first] >= needs[first] else 0.06
+        return (1 - shares[first]) * (1, 0.5, 1, 0)[first]
 
-    found = sufficient_shares(change, 4, 0.05, precision=1 / 64)
-    assert found[3] == UNREAD
-    assert 0.8 <= found[0] <= 0.8 + 1 / 64
-    assert 0.5 <= found[1] <= 0.5 + 1 / 64
-    assert found[2] == found[1]
+    found = Changes.measure(change, 4, least=0.02)
+    assert found.shares == (1.0, 0.85, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08, 0.02)
     assert asked[0] == (0.02, 0.02, 0.02, 0.02)
-    assert len(asked) < 24
+    assert len(asked) == 3 * 8 + 1
+    # layer 2 would need 0.8 but gets no more than layer 1 hands on
+    assert found.sufficient(0.2) == pytest.approx((0.8, 0.6, 0.6, UNREAD))
+    assert found.sufficient(0.0) == (63 / 64, 63 / 64, 63 / 64, UNREAD)
+    assert found.sufficient(2.0) == (0.02, 0.02, 0.02, UNREAD)
+    # 1 / the sum of the shares: 0.5 + 0 + 0 at a tolerance of 0.5
+    assert found.sufficient_for(lambda shares: 1 / sum(shares), 1 / 0.54) == pytest.approx(
+        (0.5, 0.02, 0.02, UNREAD), abs=1e-5
+    )
+    assert found.sufficient_for(lambda shares: 1 / sum(shares), 1e9) == pytest.approx((0.02, 0.02, 0.02, UNREAD))
 
 
-def test_a_layer_that_needs_everything_stays_within_the_dials_reach() -> None:
-    assert sufficient_shares(lambda shares: 1.0, 2, 0.05, precision=1 / 64) == [63 / 64, 63 / 64]
-    assert sufficient_shares(lambda shares: 0.05, 2, 0.05, least=0.1) == [0.1, 0.1]
+def test_changes_that_fall_again_count_as_their_largest() -> None:
+    found = Changes.measure(lambda shares: 0.3 if shares[0] == 0.5 else 0.1, 1, least=0.5)
+    assert found.table == ((0.0, 0.1, 0.1, 0.3),)
+    assert found.sufficient(0.05) == (pytest.approx(0.925),)
+    assert found.sufficient(0.2) == (pytest.approx(0.6),)
 
 
 def test_relative_change_counts_in_variances() -> None:

@@ -53,12 +53,28 @@ class TokenCosts:
         """K: MACs of the dense layers over those with elimination."""
         return self.macs(tokens, [tokens] * len(self.layers)) / self.macs(tokens, kept)
 
-    def at(self, m: Sequence[float], alpha: float, tokens: int, least: float, protected: int) -> float:
+    def at(
+        self,
+        m: Sequence[float],
+        alpha: float,
+        tokens: int,
+        least: float,
+        protected: int,
+        steeper: Sequence[float] = (),
+    ) -> float:
         """K at a dial setting."""
-        kept = [row[0] for row in counts([tokens], shares(m, alpha, least), protected)]
+        kept = [row[0] for row in counts([tokens], shares(m, alpha, least, steeper), protected)]
         return self.speedup(tokens, kept)
 
-    def solve(self, m: Sequence[float], speedup: float, tokens: int, least: float, protected: int) -> float:
+    def solve(
+        self,
+        m: Sequence[float],
+        speedup: float,
+        tokens: int,
+        least: float,
+        protected: int,
+        steeper: Sequence[float] = (),
+    ) -> float:
         """The smallest α, to `PRECISION`, whose speed-up is at least the wanted one, by bisection.
 
         Args:
@@ -67,6 +83,7 @@ class TokenCosts:
             tokens: length at which K counts.
             least: floor of the shares.
             protected: tokens that always stay.
+            steeper: profile of faster settings (`tokens.scores.shares`).
 
         Raises:
             SecateurError: below 1.
@@ -77,17 +94,17 @@ class TokenCosts:
         if speedup == 1:
             return 0.0
         low, high = 0.0, 1.0
-        reach = self.at(m, FASTEST, tokens, least, protected)
+        reach = self.at(m, FASTEST, tokens, least, protected, steeper)
         if reach < speedup:
             raise InvalidBudget(
                 f"A speed-up of {speedup:g} is beyond this model's reach at {tokens} tokens: the largest is "
                 f"{math.floor(100 * reach) / 100:g}."
             )
-        while self.at(m, high, tokens, least, protected) < speedup:
+        while self.at(m, high, tokens, least, protected, steeper) < speedup:
             high *= 2
         while high - low > PRECISION:
             middle = (low + high) / 2
-            if self.at(m, middle, tokens, least, protected) < speedup:
+            if self.at(m, middle, tokens, least, protected, steeper) < speedup:
                 low = middle
             else:
                 high = middle

@@ -42,6 +42,7 @@ class DropTokens:
         least: floor of the share of tokens that a layer hands on.
         protected: tokens at the beginning that always stay.
         recent: tokens at the end that always stay; a decoder needs at least its last one.
+        steeper: a second profile, which the dial goes over to above alpha = 1 (`tokens.scores.shares`); none if empty.
     """
 
     profile: tuple[float, ...]
@@ -53,6 +54,7 @@ class DropTokens:
     least: float = 0.02
     protected: int = 1
     recent: int = 0
+    steeper: tuple[float, ...] = ()
 
     type: ClassVar[str] = "drop_tokens"
 
@@ -60,6 +62,11 @@ class DropTokens:
         falling = all(0 < b <= a <= 1 for a, b in zip((1.0, *self.profile), self.profile, strict=False))
         if not self.profile or not falling:
             raise SecateurError("The elimination profile has a share in (0, 1] for each layer, never rising.")
+        if self.steeper and (
+            len(self.steeper) != len(self.profile)
+            or not all(0 < s <= m for s, m in zip(self.steeper, self.profile, strict=True))
+        ):
+            raise SecateurError("The steeper profile has a share for each layer, above 0 and not above the profile's.")
         if self.weighting not in get_args(Weighting):
             raise SecateurError(f"weighting is {' or '.join(get_args(Weighting))}, not {self.weighting!r}.")
         if not (self.alpha >= 0 and math.isfinite(self.alpha) and 0 <= self.beta < 1 and 0 < self.least <= 1):
@@ -100,7 +107,7 @@ class DropTokens:
         return dial_of(model).edit
 
     def to_dict(self) -> dict[str, Any]:
-        return {"type": self.type, **asdict(self), "profile": list(self.profile)}
+        return {"type": self.type, **asdict(self), "profile": list(self.profile), "steeper": list(self.steeper)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DropTokens:
@@ -115,7 +122,8 @@ class DropTokens:
             wrong = sorted(set(values) ^ known)
             raise InvalidModel(f"config.json: the drop_tokens edit has unknown or missing keys: {', '.join(wrong)}.")
         try:
-            return cls(**{**values, "profile": tuple(map(float, values["profile"]))})
+            lists = {name: tuple(map(float, values[name])) for name in ("profile", "steeper")}
+            return cls(**{**values, **lists})
         except (SecateurError, TypeError, ValueError) as error:
             raise InvalidModel(f"config.json: the drop_tokens edit cannot be read: {error}") from None
 
@@ -191,7 +199,7 @@ class Dial:
         now = _NOW.get().get(id(self))
         if now is not None and now.shares is not None:
             return now.shares
-        return shares(self._edit.profile, self.alpha, self._edit.least)
+        return shares(self._edit.profile, self.alpha, self._edit.least, self._edit.steeper)
 
     @property
     def costs(self) -> TokenCosts:
@@ -245,7 +253,8 @@ class Dial:
     def speedup_at(self, alpha: float, tokens: int | None = None) -> float:
         """The speed-up of a setting at a length."""
         edit = self._edit
-        return self.costs.at(edit.profile, alpha, tokens or edit.tokens, edit.least, edit.protected + edit.recent)
+        stay = edit.protected + edit.recent
+        return self.costs.at(edit.profile, alpha, tokens or edit.tokens, edit.least, stay, edit.steeper)
 
     def alpha_for(self, speedup: float, tokens: int | None = None) -> float:
         """The setting for a wanted speed-up at a length.
@@ -255,7 +264,8 @@ class Dial:
             InvalidBudget: beyond reach.
         """
         edit = self._edit
-        return self.costs.solve(edit.profile, speedup, tokens or edit.tokens, edit.least, edit.protected + edit.recent)
+        stay = edit.protected + edit.recent
+        return self.costs.solve(edit.profile, speedup, tokens or edit.tokens, edit.least, stay, edit.steeper)
 
     def at(self, alpha: float) -> AbstractContextManager[None]:
         """Another setting within the context, for this thread alone; 0 is the dense model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
 from secateur.progress import progress
 from secateur.run import Job, Outcome, check_fields
-from secateur.search.tokens import relative_change, sufficient_shares
+from secateur.search.tokens import SHARES, Changes, relative_change
 from secateur.subnetwork import SubNetwork
 from secateur.tokens.handover import is_causal
 from secateur.tokens.scores import Acc, Weighting, context_size, profile
@@ -44,9 +45,10 @@ class Late:
         sandwich: after the ramp, half the steps draw the setting between dense and `train_speedup` and a quarter takes
             each end, so that the whole range of the dial is learned; else every step takes `train_speedup`.
         distill: weight of the distance to the dense model's outputs in the loss, from 0 to 1.
-        acc: what is measured: the "effect" on the output (`search.tokens.sufficient_shares`), or the "mass",
+        acc: what is measured: the "effect" on the output (`search.tokens.Changes`), or the "mass",
             "participation", "entropy" or "count" of the scores (`tokens.scores.context_size`).
-        tolerance: of "effect": the accepted change of the output, as a share of its variance.
+        tolerance: of "effect": the accepted change of the output, as a share of its variance; None takes two,
+            at which the profiles are as fast as the root of `train_speedup` and as `train_speedup` itself.
         rho: ρ of "mass".
         tau: τ of "count".
         weighting: tokens are scored by the "attention" they get, or by its product with the size of their "value".
@@ -68,7 +70,7 @@ class Late:
     sandwich: bool = True
     distill: float = 0.5
     acc: Acc | Literal["effect"] = "effect"
-    tolerance: float = 0.05
+    tolerance: float | None = None
     rho: float = 0.95
     tau: float = 0.5
     weighting: Weighting = "value"
@@ -96,17 +98,16 @@ class Late:
         for name in ("beta", "dropout"):
             if (getattr(self, name) or 0) >= 1:
                 raise SecateurError(f"late: {name} is a share, from 0 to below 1, not {getattr(self, name):g}.")
-        for name in ("least", "tolerance"):
-            if getattr(self, name) == 0:
-                raise SecateurError(f"late: {name} is above 0.")
+        if self.least == 0:
+            raise SecateurError("late: least is above 0: some tokens go on.")
 
     def run(self, job: Job) -> Outcome:
         """Measure ACC, train with elimination, set the dial to the budget."""
         count = -(-self.examples // self.batch_size)
         sample = partial(job.calibration, count, self.batch_size)
-        acc = job.run.record("acc", lambda: self.measure(job.model, sample(), show=job.show))
+        acc = job.run.record("acc", lambda: self.measure(job.model, sample(), job.tokens, show=job.show))
         model = copy.deepcopy(job.model)
-        edit = self._edit(model, profile(acc), job.tokens)
+        edit = self._edit(model, acc, job.tokens)
         edit.apply(model)
         dial = dial_of(model)
         asked = job.run.record("setting", lambda: setting_for(job, model))  # refused, if so, before the long part
@@ -133,41 +134,64 @@ class Late:
             inputs: batches of `input_ids` and `attention_mask`, as the model will see them.
             tokens: length at which a speed-up counts.
         """
-        return self._edit(model, profile(self.measure(model, inputs)), tokens)
+        return self._edit(model, self.measure(model, inputs, tokens), tokens)
 
-    def _edit(self, model: PreTrainedModel, m: tuple[float, ...], tokens: int) -> DropTokens:
+    def _edit(self, model: PreTrainedModel, acc: Sequence[Sequence[float]], tokens: int) -> DropTokens:
         recent = self.recent or int(is_causal(model))
-        return DropTokens(m, tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected, recent)
+        m, *more = map(profile, acc)
+        return DropTokens(
+            m, tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected, recent, *more
+        )
 
     def measure(
-        self, model: PreTrainedModel, inputs: Sequence[dict[str, Tensor]], *, show: bool = False
-    ) -> list[float]:
+        self, model: PreTrainedModel, inputs: Sequence[dict[str, Tensor]], tokens: int = 128, *, show: bool = False
+    ) -> list[list[float]]:
         """ACC of each layer of a dense model, which is left unchanged; 1 where a layer has no attention to score.
+
+        By its effect, and without a `tolerance`, ACC is measured at two tolerances: those at which the model is √K and
+        K times as fast, K being `train_speedup`.
 
         Args:
             model: the model.
             inputs: batches of `input_ids` and `attention_mask`.
+            tokens: length at which a speed-up counts.
             show: show progress on standard error.
         """
         twin = copy.deepcopy(model).eval()
-        self._edit(twin, (1.0,) * len(sites(twin).neurons), 1).apply(twin)
+        self._edit(twin, [(1.0,) * len(sites(twin).neurons)], 1).apply(twin)
         data = [{name: tensor.to(twin.device) for name, tensor in batch.items()} for batch in inputs]
         with torch.inference_mode():
-            return self._effect(twin, data, show) if self.acc == "effect" else self._context(twin, data, self.acc)
+            return (
+                self._effect(twin, data, tokens, show)
+                if self.acc == "effect"
+                else [self._context(twin, data, self.acc)]
+            )
 
-    def _effect(self, model: PreTrainedModel, inputs: list[dict[str, Tensor]], show: bool) -> list[float]:
+    def _effect(
+        self, model: PreTrainedModel, inputs: list[dict[str, Tensor]], tokens: int, show: bool
+    ) -> list[list[float]]:
         """What each layer must hand on for the output to stay as it is."""
         dial = dial_of(model)
         dense = outputs(model, inputs)
         layers = len(dial.profile)
-        with progress("measuring ACC", layers, show=show) as advance:
+        done = [0]
+        with progress("measuring ACC", layers * (len(SHARES) + 1), show=show) as advance:
 
             def change(shares: tuple[float, ...]) -> float:
-                advance(shares.count(1.0), "")
+                done[0] += 1
+                advance(done[0], "")
                 with dial.handing_on(shares):
                     return relative_change(outputs(model, inputs), dense)
 
-            return sufficient_shares(change, layers, self.tolerance, least=self.least)
+            changes = Changes.measure(change, layers, self.least)
+        if self.tolerance is not None:
+            return [list(changes.sufficient(self.tolerance))]
+
+        def speedup(shares: tuple[float, ...]) -> float:
+            return dial.costs.at(shares, 1.0, tokens, self.least, self.protected + dial.selection.recent)
+
+        wanted = (math.sqrt(self.train_speedup), self.train_speedup)
+        return [list(changes.sufficient_for(speedup, k)) for k in wanted]
 
     def _context(self, model: PreTrainedModel, inputs: list[dict[str, Tensor]], acc: Acc) -> list[float]:
         """How much of the sequence each layer's attention uses: the mean over the examples."""

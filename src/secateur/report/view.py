@@ -244,7 +244,7 @@ def _tokens(edits: list[Record]) -> tuple[Layer, ...]:
         if edit.get("type") == "drop_tokens":
             kept = counts(
                 [edit["tokens"]],
-                shares(edit["profile"], edit["alpha"], edit["least"]),
+                shares(edit["profile"], edit["alpha"], edit["least"], edit["steeper"]),
                 edit["protected"] + edit["recent"],
             )
             return tuple(Layer(str(i), row[0], edit["tokens"]) for i, row in enumerate(kept))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -10,53 +12,80 @@ from torch import Tensor
 UNREAD = 1e-6
 """Share of a layer whose tokens nothing reads but the protected ones: at any setting of the dial those alone remain."""
 
+SHARES = (0.85, 0.7, 0.5, 0.35, 0.25, 0.15, 0.08)
+"""Shares at which changes are measured, beside the least one."""
 
-def sufficient_shares(
-    change: Callable[[tuple[float, ...]], float],
-    layers: int,
-    tolerance: float,
-    *,
-    least: float = 0.02,
-    precision: float = 1 / 32,
-) -> list[float]:
-    """For each layer the smallest share of the tokens that keeps the output, if layers before hand on everything.
+EVERYTHING = 63 / 64
+"""Of a layer that needs all its tokens: below 1, so that a faster setting of the dial reaches it too."""
 
-    ACC_l = min { r : change(1, …, 1, r, …, r) ≤ tolerance }, with r from layer l on, found by bisection between `least`
-    and the share of the layer before: what a layer needs beyond that cannot reach it.
+NOTHING = 1e-6
+"""A change below this is rounding."""
 
-    Args:
-        change: change of the output, 0 for none, as a function of the share that each layer hands on.
+
+@dataclass(frozen=True)
+class Changes:
+    """Change of the output when one layer and all later ones hand on a share of the tokens.
+
+    Attributes:
+        shares: falling, from 1.
+        table: for each layer the change at each share, never falling; layers after the last one are not read at all.
         layers: number of layers.
-        tolerance: the change that is accepted.
-        least: the smallest share that is tried.
-        precision: of the shares; the larger end of the last interval is taken. A layer that needs everything gets
-            1 - precision, so that a faster setting of the dial reaches it too.
-
-    Returns:
-        A share in (0, 1] for each layer, never rising; `UNREAD` where the smallest changes nothing at all.
     """
-    found: list[float] = []
-    high = 1.0 - precision
-    for layer in range(layers):
 
-        def of(share: float, before: int = layer) -> float:
-            return change((1.0,) * before + (share,) * (layers - before))
+    shares: tuple[float, ...]
+    table: tuple[tuple[float, ...], ...]
+    layers: int
 
-        least_change = of(least)
-        if least_change <= 1e-3 * tolerance:
-            found += [UNREAD] * (layers - layer)
-            break
-        low = least
-        if least_change <= tolerance:
-            high = min(high, least)
-        while high - low > precision:
+    @classmethod
+    def measure(cls, change: Callable[[tuple[float, ...]], float], layers: int, least: float) -> Changes:
+        """Measure layer by layer.
+
+        Args:
+            change: change of the output, 0 for none, as a function of the share that each layer hands on.
+            layers: number of layers.
+            least: the smallest share.
+        """
+        shares = (1.0, *(share for share in SHARES if share > least), least)
+        table: list[tuple[float, ...]] = []
+        for layer in range(layers):
+            found = [0.0]
+            for share in reversed(shares[1:]):  # the least one first: it may show that nothing is read
+                found.insert(1, change((1.0,) * layer + (share,) * (layers - layer)))
+                if share == least and found[1] <= NOTHING:
+                    return cls(shares, tuple(table), layers)
+            table.append(tuple(accumulate(found, max)))
+        return cls(shares, tuple(table), layers)
+
+    def sufficient(self, tolerance: float) -> tuple[float, ...]:
+        """ACC_l = min { r : the change at r, interpolated, is within a tolerance }, as a running minimum.
+
+        A layer cannot use more than the one before hands on. `UNREAD` for layers that nothing reads.
+        """
+        found: list[float] = []
+        for row in self.table:
+            share = self.shares[-1]
+            for (r0, c0), (r1, c1) in pairwise(zip(self.shares, row, strict=True)):
+                if c1 > tolerance:
+                    share = r0 - (r0 - r1) * (tolerance - c0) / (c1 - c0)
+                    break
+            found.append(min([share, EVERYTHING, *found[-1:]]))
+        return (*found, *(UNREAD,) * (self.layers - len(found)))
+
+    def sufficient_for(self, speedup: Callable[[tuple[float, ...]], float], wanted: float) -> tuple[float, ...]:
+        """ACC at the smallest tolerance, by bisection, whose shares are as fast as wanted, or at the largest one.
+
+        Args:
+            speedup: of the shares that the layers hand on.
+            wanted: what it should be.
+        """
+        low, high = 0.0, max((row[-1] for row in self.table), default=0.0)
+        for _ in range(40):
             middle = (low + high) / 2
-            if of(middle) <= tolerance:
-                high = middle
-            else:
+            if speedup(self.sufficient(middle)) < wanted:
                 low = middle
-        found.append(high)
-    return found
+            else:
+                high = middle
+        return self.sufficient(high)
 
 
 def relative_change(found: Tensor, wanted: Tensor) -> float:

@@ -138,11 +138,26 @@ def profile(acc: Sequence[float]) -> tuple[float, ...]:
     return tuple(m)
 
 
-def shares(m: Sequence[float], alpha: float, least: float = 0.02) -> tuple[float, ...]:
-    """Share of the tokens that each layer hands on: r_l = clip(m_l^α, least, 1); α = 0 is the dense model."""
+def shares(m: Sequence[float], alpha: float, least: float = 0.02, steeper: Sequence[float] = ()) -> tuple[float, ...]:
+    """Share of the tokens that each layer hands on: r_l = clip(m_l^α, least, 1); α = 0 is the dense model.
+
+    With a second profile s for faster settings, which is reached at α = 2: r_l = m_l^(2-α) · s_l^(α-1) from α = 1 on,
+    and s_l^(α-1) beyond 2.
+
+    Args:
+        m: elimination profile, at α = 1.
+        alpha: the setting.
+        least: floor of the shares.
+        steeper: s, nowhere above m.
+    """
     if alpha < 0:
         raise SecateurError(f"alpha is a number from 0 (dense) upwards, not {alpha}.")
-    return tuple(min(1.0, max(value**alpha, least)) for value in m)
+    if not steeper or alpha <= 1:
+        found = [value**alpha for value in m]
+    else:
+        slower = max(0.0, 2 - alpha)
+        found = [value**slower * fast ** (alpha - 1) for value, fast in zip(m, steeper, strict=True)]
+    return tuple(min(1.0, max(value, least)) for value in found)
 
 
 def counts(lengths: Sequence[int], kept: Sequence[float], protected: int = 1) -> list[list[int]]:
