@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -68,7 +69,7 @@ class Late:
     batch_size: int = 32
     ramp: float = 0.3
     sandwich: bool = True
-    distill: float = 0.5
+    distill: float = 1.0
     acc: Acc | Literal["effect"] = "effect"
     tolerance: float | None = None
     rho: float = 0.95
@@ -103,8 +104,7 @@ class Late:
 
     def run(self, job: Job) -> Outcome:
         """Measure ACC, train with elimination, set the dial to the budget."""
-        count = -(-self.examples // self.batch_size)
-        sample = partial(job.calibration, count, self.batch_size)
+        sample = partial(job.calibration, -(-self.examples // self.batch_size), self.batch_size)
         acc = job.run.record("acc", lambda: self.measure(job.model, sample(), job.tokens, show=job.show))
         model = copy.deepcopy(job.model)
         edit = self._edit(model, acc, job.tokens)
@@ -174,12 +174,11 @@ class Late:
         dial = dial_of(model)
         dense = outputs(model, inputs)
         layers = len(dial.profile)
-        done = [0]
+        steps = count(1)
         with progress("measuring ACC", layers * (len(SHARES) + 1), show=show) as advance:
 
             def change(shares: tuple[float, ...]) -> float:
-                done[0] += 1
-                advance(done[0], "")
+                advance(next(steps), "")
                 with dial.handing_on(shares):
                     return relative_change(outputs(model, inputs), dense)
 

@@ -47,7 +47,8 @@ def column_attention(
     """
     attention = probabilities.detach().float()
     queries = real.to(attention.dtype)
-    columns = (queries[:, None, None] @ attention).squeeze(2)
+    whole = not torch.compiler.is_exporting() and bool(real.all())  # a graph may not depend on values
+    columns = (attention if whole else attention * queries[:, None, :, None]).sum(dim=2)
     if not diagonal:
         columns = columns - attention.diagonal(dim1=-2, dim2=-1) * queries[:, None]
     if values is not None:
