@@ -88,7 +88,9 @@ def late_decoder() -> str:
     lines = ["| tokens kept | " + " | ".join(f"{k:g}×" for k in asked) + " |", "|---" * (len(asked) + 1) + "|"]
     for choice in dict.fromkeys(row["choice"] for row in judged):
         found = {row["asked"]: row for row in judged if row["choice"] == choice}
-        cells = [f"{found[k]['following']:.1f} ({found[k]['restored']:.1f})" if k in found else "" for k in asked]
+        cells = [
+            f"{found[k]['following']:.1f} ({_perplexity(found[k]['restored'])})" if k in found else "" for k in asked
+        ]
         lines.append(f"| {choice} | " + " | ".join(cells) + " |")
     lines += ["", "| model | prompt | asked | MACs | ms | measured |", "|---" * 6 + "|"]
     lines += [
@@ -98,6 +100,10 @@ def late_decoder() -> str:
         if "prompt" in row
     ]
     return "\n".join(lines)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.1f}" if value < 10_000 else "over 10,000"
 
 
 BLOCKS = {

@@ -77,7 +77,7 @@ def passages() -> Task:
 
 def seeds_table(record: dict[str, Any], split: str, column: str, values: list[Any], head: str) -> str:
     """The metric of every method at each value of a column: mean over seeds ± spread (largest minus smallest), in
-    points.
+    points; one seed has no spread.
 
     Args:
         record: a kept result.
@@ -97,7 +97,8 @@ def seeds_table(record: dict[str, Any], split: str, column: str, values: list[An
         cells = []
         for value in values:
             found = [100 * row[split] for row in rows if row["method"] == name and row[column] == value]
-            cells.append(f"{statistics.mean(found):.1f} ± {max(found) - min(found):.1f}" if found else "–")
+            spread = f" ± {max(found) - min(found):.1f}" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
