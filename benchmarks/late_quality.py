@@ -165,7 +165,7 @@ def table(record: dict[str, Any], split: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=("sst2", "stsb", "wnut17", "passages"), default="stsb")
+    parser.add_argument("--task", choices=("sst2", "stsb", "wnut17"), default="stsb")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--name", default="late", help="label of the rows, for ablations")
     parser.add_argument("--set", nargs="*", default=[], help="hyper-parameters, such as acc=entropy")

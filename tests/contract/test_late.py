@@ -311,7 +311,7 @@ save_file({**model.state_dict(), "seen": seen, "alpha": torch.tensor(dial.alpha)
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """Data parallel over gloo: each process sees its own half of the rows, the dial turns alike, the weights agree."""
     (tmp_path / "train.py").write_text(PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29512"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*command, str(tmp_path / "train.py"), str(tmp_path)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},

@@ -18,11 +18,13 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, AutoModelForS
 
 import secateur.hub as hub
 from secateur.edits import DropTokens, Slice, apply_edits
+from secateur.edits.tokens import Dial
 from secateur.errors import InvalidData, SecateurError, UnsupportedModel
 from secateur.methods import Late
 from secateur.subnetwork import SubNetwork
 from secateur.tokens.specs import TOKEN_SPECS
 from secateur.tokens.state import Pass
+from secateur.tokens.traced import TracedPass
 from tests.conftest import tiny_batch, tiny_model
 from tests.contract.test_families import cut
 
@@ -156,8 +158,12 @@ def test_the_form_for_export_is_the_same(family: str, how: str, monkeypatch: pyt
             return logits(model, batch), body(**batch)[0][real]
 
     expected = run()
+    begun: list[Any] = []
+    usual = model.secateur.begin  # type: ignore[union-attr]
+    monkeypatch.setattr(Dial, "begin", lambda dial, real: begun.append(usual(real)) or begun[-1])
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
+    assert [type(one) for one in begun] == [TracedPass, TracedPass]
 
 
 @pytest.mark.parametrize("family", ENCODERS)
