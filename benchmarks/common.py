@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from long_texts import long_texts
 
 from secateur.assets import demo_model
 from secateur.costs.machine import fingerprint
@@ -20,6 +21,7 @@ from secateur.train import finetune
 
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("SECATEUR_SHARED", HERE.parent.parent / "shared")).resolve()
+LONG = 384  # tokens that a long text is cut to in training; few are longer
 os.environ.setdefault("SECATEUR_DATA", str(SHARED / "data"))
 
 
@@ -27,15 +29,22 @@ def real(task: str) -> tuple[Any, Any, Task]:
     """A MiniLM-L6 that is fine-tuned on a task, its tokenizer, and the task.
 
     Args:
-        task: "sst2" or "stsb", of `shared/models/minilm-l6-<task>`; or "wnut17" (entities), for which the demo's base
-            model is fine-tuned first, once, in half an hour on one core.
+        task: "sst2" or "stsb", of `shared/models/minilm-l6-<task>`; "wnut17" (entities), for which the demo's base
+            model is fine-tuned first, once, in half an hour on one core; or "long" (`long_texts`), for which the one
+            of SST-2 goes on learning, as long.
     """
-    if task != "wnut17":
-        data, folder = load_task(task), SHARED / "models" / f"minilm-l6-{task}"
-    else:
-        data, folder = load_task(SHARED / "data" / task), HERE / "cache" / f"minilm-l6-{task}"
+    folder = HERE / "cache" / f"minilm-l6-{task}"
+    if task == "wnut17":
+        data = load_task(SHARED / "data" / task)
         if not folder.is_dir():
             finetune(demo_model(), None, data, folder, epochs=8, lr=1e-4, resume=True)
+    elif task == "long":
+        data = long_texts(SHARED)
+        if not folder.is_dir():
+            start = SHARED / "models" / "minilm-l6-sst2"
+            finetune(start, None, data, folder, epochs=1, lr=1e-4, max_length=LONG, dropout=0.0, resume=True)
+    else:
+        data, folder = load_task(task), SHARED / "models" / f"minilm-l6-{task}"
     return open_model(folder, head_class(data)), open_tokenizer(folder), data
 
 

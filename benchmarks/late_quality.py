@@ -35,7 +35,6 @@ from secateur.train import Settings, bf16_pays, distilled, fit
 
 SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0, 4.8)
 COMPARED = (1.5, 2.0, 3.0)
-FEWER_LAYERS = (4, 3)
 
 
 def by_chance(seed: int) -> Callable[[int, Tensor, Layout], Tensor]:
@@ -99,7 +98,9 @@ def with_layers(model: Any, tokenizer: Any, data: Task, layers: int, method: Lat
     return short
 
 
-def measure(task: str, method: Late, name: str, seeds: list[int], rows: int | None, path: Any) -> None:
+def measure(
+    task: str, method: Late, name: str, seeds: list[int], rows: int | None, layers: list[int], path: Any
+) -> None:
     model, tokenizer, data = real(task)
     if rows is not None:
         data = replace(data, train=data.train.shuffle(seed=0).select(range(rows)))
@@ -152,10 +153,10 @@ def measure(task: str, method: Late, name: str, seeds: list[int], rows: int | No
                 add(f"{name}, {label}", speedup, seed, trained)
             dial_of(trained).selection = usual
             add(f"{name}, before training", speedup, seed, untrained)
-    for layers in FEWER_LAYERS:
-        speedup = len(model.bert.encoder.layer) / layers
+    for kept in layers:
+        speedup = len(model.bert.encoder.layer) / kept
         if ("fewer layers", speedup, seeds[0]) not in done:
-            add("fewer layers", speedup, seeds[0], with_layers(model, tokenizer, data, layers, method, seeds[0]))
+            add("fewer layers", speedup, seeds[0], with_layers(model, tokenizer, data, kept, method, seeds[0]))
 
 
 def table(record: dict[str, Any], split: str) -> str:
@@ -165,11 +166,12 @@ def table(record: dict[str, Any], split: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=("sst2", "stsb", "wnut17"), default="stsb")
+    parser.add_argument("--task", choices=("sst2", "stsb", "wnut17", "long"), default="stsb")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--name", default="late", help="label of the rows, for ablations")
     parser.add_argument("--set", nargs="*", default=[], help="hyper-parameters, such as acc=entropy")
     parser.add_argument("--rows", type=int, help="train on so many rows, the same for every seed")
+    parser.add_argument("--layers", nargs="*", type=int, default=[4, 3], help="layer dropping: how many stay")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only print the tables")
     arguments = parser.parse_args()
@@ -180,7 +182,9 @@ def main() -> None:
         for pair in arguments.set:
             key, _, value = pair.partition("=")
             settings[key] = value if value.isalpha() and value not in ("true", "false") else json.loads(value)
-        measure(arguments.task, Late(**settings), arguments.name, arguments.seeds, arguments.rows, path)
+        measure(
+            arguments.task, Late(**settings), arguments.name, arguments.seeds, arguments.rows, arguments.layers, path
+        )
     record = json.loads(path.read_text())
     for split in ("validation", "test"):
         print(table(record, split), end="\n\n")

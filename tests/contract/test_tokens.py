@@ -86,7 +86,7 @@ def test_packed_equals_padded(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "packed"), FORMS)
-@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "attention", "diagonal"])
+@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "attention", "diagonal", "few queries"])
 def test_an_example_does_not_depend_on_its_batch(family: str, packed: bool, how: str) -> None:
     lengths = (9, 4, 13, 9, 1)
     batch = ragged(lengths)
@@ -99,6 +99,7 @@ def test_an_example_does_not_depend_on_its_batch(family: str, packed: bool, how:
         "smoothed": {"beta": 0.5},
         "attention": {"weighting": "attention"},
         "diagonal": {"diagonal": True},
+        "few queries": {"queries": 2},
     }
     DropTokens(profile=(0.8, 0.55, 0.3), tokens=16, alpha=1.0, **settings.get(how, {})).apply(model)
     model.secateur.packed = packed  # type: ignore[union-attr]
@@ -139,7 +140,7 @@ def test_kept_tokens_are_nested_ascending_and_hold_the_first(
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "two stay"])
+@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "two stay", "few queries"])
 def test_the_form_for_export_is_the_same(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any count read out of a tensor: the same results, also of tokens that went."""
     model = tiny_model(family)
@@ -147,7 +148,11 @@ def test_the_form_for_export_is_the_same(family: str, how: str, monkeypatch: pyt
         sub = SubNetwork.full(model)
         heads = (sub.heads[0], (False,) * len(sub.heads[1]), sub.heads[2])
         apply_edits(model, [Slice(replace(sub, heads=heads))])
-    settings: dict[str, dict[str, Any]] = {"smoothed": {"beta": 0.5}, "two stay": {"protected": 2}}
+    settings: dict[str, dict[str, Any]] = {
+        "smoothed": {"beta": 0.5},
+        "two stay": {"protected": 2},
+        "few queries": {"queries": 2},
+    }
     DropTokens(profile=(0.8, 0.8, 0.3), tokens=16, alpha=1.0, **settings.get(how, {})).apply(model)
     batch = ragged((9, 4, 13, 9, 1), width=15)
     real = batch["attention_mask"].bool()

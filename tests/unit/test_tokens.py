@@ -13,7 +13,7 @@ from secateur.edits.tokens import DropTokens
 from secateur.errors import InvalidBudget, InvalidData, SecateurError, UnsupportedModel
 from secateur.search.tokens import UNREAD, Changes, relative_change
 from secateur.tokens.layout import Layout
-from secateur.tokens.scores import column_attention, context_size, counts, profile, shares, smoothed
+from secateur.tokens.scores import asking, column_attention, context_size, counts, profile, shares, smoothed
 from tests.conftest import tiny_model
 
 HEADS = torch.tensor(
@@ -47,6 +47,37 @@ def test_column_attention_weighted_by_values() -> None:
     # columns over the three real queries: head 0 (1.35, 1.0, 0.65), head 1 (0.8, 1.05, 1.15)
     parts = [1.35 * 5 + 0.8 * 2, 1.0 + 1.05, 1.15]
     close(column_attention(HEADS, REAL, values=values), [*(p / sum(parts) for p in parts), -INF])
+
+
+def test_few_queries_of_long_examples_are_spread_or_at_the_end() -> None:
+    lengths = torch.tensor([13, 3, 2])
+    assert asking(lengths, 3).tolist() == [[0, 4, 8], [0, 1, 2], [0, 1, -1]]
+    assert asking(lengths, 3, causal=True).tolist() == [[10, 11, 12], [0, 1, 2], [0, 1, -1]]
+    # up to four times as many are all asked
+    assert asking(torch.tensor([12]), 3).tolist() == [list(range(12))]
+    assert asking(torch.tensor([12]), 3, causal=True).tolist() == [list(range(12))]
+
+
+def test_column_attention_of_few_queries() -> None:
+    places = torch.tensor([[0, 2, -1]])
+    asked = HEADS[:, :, [0, 2, 3]]
+    # columns: head 0 (1.1, 0.5, 0.4), head 1 (0.6, 0.85, 0.55); over two heads and two queries
+    close(column_attention(asked, REAL, places=places), [0.425, 0.3375, 0.2375, -INF])
+    # tokens 0 and 2 paid themselves 0.7 and 0.2, 0.1 and 0.25
+    close(column_attention(asked, REAL, places=places, diagonal=False), [0.225, 0.3375, 0.125, -INF])
+    every = torch.tensor([[0, 1, 2, -1]])
+    for diagonal in (True, False):
+        alike = column_attention(HEADS, REAL, places=every, diagonal=diagonal)
+        torch.testing.assert_close(alike, column_attention(HEADS, REAL, diagonal=diagonal))
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_last_queries_under_uniform_causal_attention_find_all_tokens_alike(diagonal: bool) -> None:
+    n = 6
+    uniform = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
+    real, places = torch.ones(1, n, dtype=torch.bool), torch.tensor([[3, 4, 5]])
+    found = column_attention(uniform[None, None, 3:], real, causal=True, places=places, diagonal=diagonal)
+    torch.testing.assert_close(found[0], torch.tensor([1.0, 1, 1, 1, 1, float(diagonal)]))
 
 
 def test_context_size_of_the_example() -> None:

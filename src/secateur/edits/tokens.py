@@ -38,7 +38,7 @@ class DropTokens:
         profile: m_l of each layer (`tokens.scores.profile`).
         tokens: length at which a speed-up counts.
         alpha: dial setting that the model opens with; 0 is the dense model.
-        weighting, diagonal, beta: how tokens are scored (`tokens.state.Selection`).
+        weighting, diagonal, beta, queries: how tokens are scored (`tokens.state.Selection`).
         least: floor of the share of tokens that a layer hands on.
         protected: tokens at the beginning that always stay.
         recent: tokens at the end that always stay; a decoder needs at least its last one.
@@ -55,6 +55,7 @@ class DropTokens:
     protected: int = 1
     recent: int = 0
     steeper: tuple[float, ...] = ()
+    queries: int = 64
 
     type: ClassVar[str] = "drop_tokens"
 
@@ -71,8 +72,8 @@ class DropTokens:
             raise SecateurError(f"weighting is {' or '.join(get_args(Weighting))}, not {self.weighting!r}.")
         if not (self.alpha >= 0 and math.isfinite(self.alpha) and 0 <= self.beta < 1 and 0 < self.least <= 1):
             raise SecateurError("alpha is a number from 0, beta lies in [0, 1), least in (0, 1].")
-        if self.tokens < 1 or self.protected < 1 or self.recent < 0:
-            raise SecateurError("tokens and protected are whole numbers from 1, recent from 0.")
+        if self.tokens < 1 or self.protected < 1 or self.queries < 1 or self.recent < 0:
+            raise SecateurError("tokens, protected and queries are whole numbers from 1, recent from 0.")
 
     @property
     def changes_shapes(self) -> bool:
@@ -166,7 +167,13 @@ class Dial:
         self._latency_budget: float | None = None
         self.packed: bool | None = None
         self.selection = Selection(
-            edit.weighting, edit.diagonal, edit.beta, edit.protected, edit.recent, causal=handover.is_causal(model)
+            edit.weighting,
+            edit.diagonal,
+            edit.beta,
+            edit.queries,
+            edit.protected,
+            edit.recent,
+            causal=handover.is_causal(model),
         )
         self.alpha = edit.alpha
 

@@ -55,6 +55,7 @@ class Late:
         weighting: tokens are scored by the "attention" they get, or by its product with the size of their "value".
         diagonal: count what a token pays to itself.
         beta: weight of the layers before in the score, from 0 to below 1.
+        queries: so many queries score the tokens of a text that is over four times as long.
         least: floor of the share of tokens that a layer hands on.
         protected: tokens at the beginning that always stay.
         recent: tokens at the end that always stay; a decoder keeps its last one in any case.
@@ -77,6 +78,7 @@ class Late:
     weighting: Weighting = "value"
     diagonal: bool = False
     beta: float = 0.0
+    queries: int = 64
     least: float = 0.02
     protected: int = 1
     recent: int | None = None
@@ -140,7 +142,16 @@ class Late:
         recent = self.recent or int(is_causal(model))
         m, *more = map(profile, acc)
         return DropTokens(
-            m, tokens, 0.0, self.weighting, self.diagonal, self.beta, self.least, self.protected, recent, *more
+            m,
+            tokens,
+            weighting=self.weighting,
+            diagonal=self.diagonal,
+            beta=self.beta,
+            queries=self.queries,
+            least=self.least,
+            protected=self.protected,
+            recent=recent,
+            steeper=next(iter(more), ()),
         )
 
     def measure(

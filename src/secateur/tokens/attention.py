@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from secateur.tokens.scores import SHORT, asking
 from secateur.tokens.state import CURRENT, Pass, current
 
 NAME = "secateur"
@@ -67,7 +68,8 @@ def attention(
             query, key, value = (_stacked(part, len(layout.lengths)) for part in (query, key, value))
         mask = _windowed(now.mask(), layout.slots, sliding_window)
         real = layout.valid if now.scoring else None
-        context, score = _block(query, key, value, mask, real, now, scaling, dropout)
+        triangle = now.triangle and sliding_window is None
+        context, score = _block(query, key, value, mask, real, now, scaling, dropout, triangle)
         if score is not None:
             now.observe(score)
         return (context.flatten(0, 1)[None] if layout.packed else context), None
@@ -116,8 +118,12 @@ def _block(
     now: Pass,
     scaling: float | None,
     dropout: float,
+    triangle: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a padded block; with `real`, the probabilities are written out and scored, else fused.
+    """Attention of a padded block; with `real`, tokens are scored.
+
+    Short blocks write out the probabilities, which then serve both ends. Long ones run fused, and write out those of
+    the queries that score.
 
     Returns:
         (batch, queries, heads, head width), and the score (batch, keys).
@@ -125,18 +131,32 @@ def _block(
     groups = query.shape[1] // max(key.shape[1], 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries = now.selection.queries
+    if real is not None and not torch.compiler.is_exporting() and query.shape[2] <= SHORT * queries:
+        probabilities = _probabilities(query, key, mask, scale)
+        context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
+        return context.transpose(1, 2), now.score(probabilities, real, value)
+    context = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=None if triangle else mask, dropout_p=dropout, scale=scale, is_causal=triangle
+    )
     if real is None:
-        context = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-        )
         return context.transpose(1, 2), None
-    logits = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    places = asking(real.sum(dim=-1), queries, causal=now.selection.causal)
+    rows = places.clamp_min(0)[:, None, :, None]
+    asked = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
+    probabilities = _probabilities(asked, key.detach(), mask, scale)
+    return context.transpose(1, 2), now.score(probabilities, real, value, places)
+
+
+def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax of attention, (batch, heads, queries, keys)."""
+    logits = (query * scale) @ key.transpose(2, 3)
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    probabilities = logits.softmax(dim=-1)
-    score = now.score(probabilities, real, value)
-    context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
-    return context.transpose(1, 2), score
+    return logits.softmax(dim=-1)
 
 
 AttentionInterface.register(NAME, attention)

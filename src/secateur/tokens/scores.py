@@ -19,6 +19,34 @@ from secateur.errors import SecateurError
 Acc = Literal["mass", "participation", "entropy", "count"]
 Weighting = Literal["attention", "value"]
 
+SHORT = 4
+"""Texts of up to this many times the queries that score are scored by all of theirs: on a CPU, attention of so few
+tokens is written out as fast as a fused kernel computes it."""
+
+
+def asking(lengths: Tensor, queries: int, *, causal: bool = False) -> Tensor:
+    """Which queries of each example score its tokens: so many of a long one, all of one up to `SHORT` times as long.
+
+    They lie at even distances. In a decoder they are the last ones, which what comes next resembles most (SnapKV,
+    arXiv 2404.14469).
+
+    Args:
+        lengths: real tokens n of each example, which come first, (batch,).
+        queries: so many are asked.
+        causal: the last ones.
+
+    Returns:
+        (batch, most asked of an example) places of the queries, ascending; -1 at the end of rows that ask fewer.
+    """
+    n = lengths[:, None]
+    long = n > SHORT * queries
+    count = torch.where(long, queries, n)
+    # a graph may not depend on values
+    width = SHORT * queries if torch.compiler.is_exporting() else int(count.max())
+    steps = torch.arange(width, device=lengths.device)
+    places = n - count + steps if causal else torch.where(long, steps * n // queries, steps)
+    return torch.where(steps < count, places, -1)
+
 
 def column_attention(
     probabilities: Tensor,
@@ -27,11 +55,12 @@ def column_attention(
     diagonal: bool = True,
     values: Tensor | None = None,
     causal: bool = False,
+    places: Tensor | None = None,
 ) -> Tensor:
     """How much of the attention context each token supplies.
 
-    S_j = 1/(H·|q|) Σ_h Σ_{i real} A_h[i, j]: the mean attention that the real tokens pay to token j; uniform attention
-    gives 1/|q|. The query rows of padding are left out, since they would change the ranking.
+    S_j = 1/(H·|q|) Σ_h Σ_{i in q} A_h[i, j]: the mean attention that the real tokens q pay to token j; uniform
+    attention gives 1/|q|. The query rows of padding are left out, since they would change the ranking.
 
     Args:
         probabilities: softmax of attention before dropout, (batch, heads, queries, keys).
@@ -40,34 +69,43 @@ def column_attention(
         values: (batch, heads, keys, head width); given, each head's attention is weighted by ‖v_j‖, which makes S_j
             the size of token j's contribution to the context. The scores are then scaled to a sum of 1.
         causal: token i sees tokens 0 … i only, which favours early ones: each sum is divided by the one under uniform
-            causal attention, Σ_{i ≥ j} 1/(i + 1), or Σ_{i > j} without the diagonal. Real tokens come first.
+            causal attention, Σ_{i ≥ j} 1/(i + 1), or Σ_{i > j} without the diagonal, i in q. Real tokens come first.
+        places: (batch, queries) the keys' places of the queries, -1 for those that do not count (`asking`); None if
+            every token asks, in order.
 
     Returns:
         (batch, keys), detached, float32; -inf for padding.
     """
     attention = probabilities.detach().float()
-    queries = real.to(attention.dtype)
-    whole = not torch.compiler.is_exporting() and bool(real.all())  # a graph may not depend on values
-    columns = (attention if whole else attention * queries[:, None, :, None]).sum(dim=2)
-    if not diagonal:
-        columns = columns - attention.diagonal(dim1=-2, dim2=-1) * queries[:, None]
+    counted = (real if places is None else places >= 0).to(attention.dtype)
+    whole = not torch.compiler.is_exporting() and bool(counted.all())  # a graph may not depend on values
+    columns = (attention if whole else attention * counted[:, None, :, None]).sum(dim=2)
+    if not diagonal and places is None:
+        columns = columns - attention.diagonal(dim1=-2, dim2=-1) * counted[:, None]
+    elif not diagonal and places is not None:
+        own = places.clamp_min(0)[:, None, :, None].expand(*attention.shape[:3], 1)
+        paid = attention.gather(3, own) * counted[:, None, :, None]
+        columns = columns.scatter_add(2, own.squeeze(3), -paid.squeeze(3))
     if values is not None:
         columns = columns * values.detach().float().norm(dim=-1)
     total = columns.sum(dim=1)
     if causal:
-        total = total / _uniform_causal(real, diagonal)
+        total = total / _uniform_causal(real, diagonal, places)
     if values is None and causal:
         score = total / attention.shape[1]
     elif values is None:
-        score = total / (attention.shape[1] * queries.sum(dim=-1, keepdim=True).clamp_min(1))
+        score = total / (attention.shape[1] * counted.sum(dim=-1, keepdim=True).clamp_min(1))
     else:
-        score = total / (total * queries).sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        score = total / (total * real).sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return score.masked_fill(~real, -math.inf)
 
 
-def _uniform_causal(real: Tensor, diagonal: bool) -> Tensor:
+def _uniform_causal(real: Tensor, diagonal: bool, places: Tensor | None) -> Tensor:
     """Column sums of uniform causal attention, (batch, keys); 1 for padding, and where nothing looks."""
     share = real / torch.arange(1, real.shape[1] + 1, device=real.device)
+    if places is not None:
+        asked = torch.zeros_like(real).float().scatter_add(1, places.clamp_min(0), (places >= 0).float())
+        share = share * asked
     after = share.flip(-1).cumsum(-1).flip(-1)
     if not diagonal:
         after = torch.cat([after[:, 1:], after.new_zeros(len(after), 1)], dim=1)

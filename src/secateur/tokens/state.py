@@ -25,6 +25,8 @@ class Selection:
         weighting: "attention" is the mean attention a token gets; "value" weighs it by the size of its value vector.
         diagonal: count what a token pays to itself.
         beta: weight of the layers before in the score.
+        queries: so many queries score the tokens of a long text (`scores.asking`), where attention does not write out
+            those of all tokens anyway.
         protected: tokens at the beginning that always stay ([CLS], or the first of a prompt).
         recent: tokens at the end that always stay (of a prompt: the last one makes the next token).
         causal: tokens attend to themselves and what is before them.
@@ -34,6 +36,7 @@ class Selection:
     weighting: Weighting = "value"
     diagonal: bool = False
     beta: float = 0.0
+    queries: int = 64
     protected: int = 1
     recent: int = 0
     causal: bool = False
@@ -82,6 +85,11 @@ class Pass:
         before = torch.ones(width, width, dtype=torch.bool, device=self.layout.slots.device).tril()[None, None]
         return before if valid is None else before & (valid | torch.eye(width, dtype=torch.bool, device=valid.device))
 
+    @property
+    def triangle(self) -> bool:
+        """Whether queries see all keys up to their own and none after: what `is_causal` says to a fused kernel."""
+        return self.selection.causal and not self.layout.ragged
+
     def enter(self, layer: int) -> None:
         """Begin a layer: it scores if it eliminates."""
         self.layer = layer
@@ -92,11 +100,13 @@ class Pass:
         if self.selection.beta == 0:
             self._score = None
 
-    def score(self, probabilities: Tensor, real: Tensor, values: Tensor | None) -> Tensor:
+    def score(self, probabilities: Tensor, real: Tensor, values: Tensor | None, places: Tensor | None = None) -> Tensor:
         """Score the tokens of a padded block of attention."""
         chosen = self.selection
         weights = values if chosen.weighting == "value" else None
-        return column_attention(probabilities, real, diagonal=chosen.diagonal, values=weights, causal=chosen.causal)
+        return column_attention(
+            probabilities, real, diagonal=chosen.diagonal, values=weights, causal=chosen.causal, places=places
+        )
 
     def observe(self, score: Tensor) -> None:
         """Take the scores of the current layer, (batch, width)."""
@@ -126,7 +136,7 @@ class Pass:
             score = score.masked_fill((steps >= ends - self.selection.recent) & (steps < ends), torch.inf)
         self.columns = before.best(score, lengths)
         self.before, self.layout = before, before.take(self.columns, lengths)
-        if self._score is not None:
+        if self._score is not None and self.selection.beta > 0:
             self._score = self._score.gather(1, self.columns)
 
     def shorten(self, hidden: Tensor, *, last: bool = True) -> Tensor:
@@ -191,6 +201,11 @@ class Continuation(Pass):
         for layer, valid in enumerate(cached):
             cached[layer] = torch.cat([valid, real], dim=1)
         self.keys = cached
+
+    @property
+    def triangle(self) -> bool:
+        """No: there are more keys than queries."""
+        return False
 
     def enter(self, layer: int) -> None:
         """Begin a layer."""
