@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from secateur.api import compress, dial, evaluate, export, finetune, measure
     from secateur.edits import DropTokens, Slice, apply_edits
     from secateur.methods.late import Late
+    from secateur.methods.mgpp import Mgpp
     from secateur.methods.optin import Optin
     from secateur.methods.ptf import Ptf
     from secateur.results import Result
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DropTokens": "edits",
     "Late": "methods.late",
+    "Mgpp": "methods.mgpp",
     "Optin": "methods.optin",
     "Ptf": "methods.ptf",
     "Result": "results",
@@ -46,6 +48,7 @@ _HOME = {
 __all__ = [
     "DropTokens",
     "Late",
+    "Mgpp",
     "Optin",
     "Ptf",
     "Result",

@@ -453,6 +453,8 @@ def _reached(
             met = reached <= limit
         if constraint.kind == "speedup":
             limit, reached = term.value, term.value * limit / reached
+        if constraint.kind == "sparsity":
+            limit, reached = term.share, 1 - reached * (1 - term.share) / limit
         terms.append(
             {
                 "kind": constraint.kind,

@@ -32,7 +32,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.edits import Edit, apply_edits, edits_from_dicts, merge
+from secateur.edits import Edit, Sparsify, apply_edits, edits_from_dicts, merge
 from secateur.edits.tokens import ATTRIBUTE
 from secateur.errors import InvalidModel, SecateurError
 from secateur.families import sites
@@ -98,6 +98,9 @@ class SecateurQuantizer(HfQuantizer):
         if self._reading and self._guarded():
             owner, name = guarded_parameter(model)
             _reshape(owner, name, lambda weight: weight[None])
+        if self._reading:
+            for edit in self._sparse():
+                edit.shape_for_reading(model)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -106,8 +109,15 @@ class SecateurQuantizer(HfQuantizer):
             if self._reading:
                 _reshape(owner, name, lambda weight: weight[0])
             model.register_load_state_dict_pre_hook(_unguard)
+        for edit in self._sparse():
+            if self._reading:
+                edit.restore(model, cast(PreTrainedModel, model).dtype)
+            model.register_load_state_dict_pre_hook(_densify)
         self._reading = False
         return model
+
+    def _sparse(self) -> list[Sparsify]:
+        return [edit for edit in self.quantization_config.edits if isinstance(edit, Sparsify)]
 
     def _guarded(self) -> bool:
         return not any(edit.changes_shapes for edit in self.quantization_config.edits)
@@ -132,6 +142,9 @@ class SecateurQuantizer(HfQuantizer):
             state = model.state_dict()
             key = _guarded_key(model)
             state[key] = state[key][None]
+        for edit in self._sparse():
+            state = model.state_dict() if state is None else state
+            edit.encode(state, model)
         return state, {_DIGEST: self.quantization_config.digest}
 
     def is_serializable(self) -> bool:
@@ -185,6 +198,13 @@ def _unguard(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -
     key = prefix + _guarded_key(model)
     if key in state and state[key].dim() > getattr(*guarded_parameter(model)).dim():
         state[key] = state[key][0]
+
+
+def _densify(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before `load_state_dict`, as a resumed `Trainer` calls it on what `save_pretrained` wrote."""
+    for edit in edits_of(model):
+        if isinstance(edit, Sparsify):
+            edit.decode(state, model, prefix)
 
 
 def attach(model: PreTrainedModel, edits: Sequence[Edit]) -> None:

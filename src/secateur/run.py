@@ -114,12 +114,18 @@ def check_fields(method: Any) -> None:
         fits = (
             (value is None and type(None) in kinds)
             or (isinstance(value, bool) and bool in kinds)
-            or (isinstance(value, str) and value in choices)
+            or (isinstance(value, str) and (value in choices or str in kinds))
             or (type(value) is int and int in kinds and value >= 1)
             or (type(value) in (int, float) and float in kinds and 0 <= value < float("inf"))
         )
         if not fits:
-            wanted = {bool: "true or false", int: "a whole number from 1", float: "a number from 0", type(None): "none"}
+            wanted = {
+                bool: "true or false",
+                int: "a whole number from 1",
+                float: "a number from 0",
+                str: "a text",
+                type(None): "none",
+            }
             raise SecateurError(
                 f"{method.name}: {name} is {' or '.join([*choices, *(wanted[k] for k in kinds if k in wanted)])}, "
                 f"not {value!r}."

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from secateur.costs.inputs import dummy_inputs, run
-from secateur.families import Site, UnitKind, in_features, out_features, sites
+from secateur.families import Site, UnitKind, in_features, out_features, sites, weight_of
 from secateur.subnetwork import SubNetwork
 
 __all__ = ["LinearCost", "dummy_inputs", "encoder_params", "file_bytes", "macs", "params", "size_bytes"]
@@ -102,6 +102,17 @@ def encoder_params(model: nn.Module) -> LinearCost:
     layers = {site.layer_module for site in found}
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     return _with_fixed_part(sum(p.numel() for p in inside), found.heads, found.neurons, _unit_params)
+
+
+def map_params(model: nn.Module) -> LinearCost:
+    """Weights of the linear maps inside the layers that the family table names, without biases."""
+    found = sites(model)
+    weights = {weight_of(module) for site in found for module, _ in site.cuts}
+
+    def per_unit(site: Site) -> float:
+        return sum(weight_of(module).numel() for module, _ in site.cuts) / max(site.units, 1)
+
+    return _with_fixed_part(sum(w.numel() for w in weights), found.heads, found.neurons, per_unit)
 
 
 def size_bytes(model: nn.Module) -> LinearCost:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from secateur.costs.analytic import LinearCost, encoder_params, file_bytes, macs, params
+from secateur.costs.analytic import LinearCost, encoder_params, file_bytes, macs, map_params, params
 from secateur.costs.latency import LatencyTable, latency_table
 from secateur.errors import InvalidBudget
 from secateur.subnetwork import SubNetwork
@@ -27,6 +27,7 @@ UNITS: dict[str, dict[str, float]] = {
     "size": _BYTES,
     "latency": _TIME,
     "speedup": {"": 1.0, "x": 1.0},
+    "sparsity": {"": 1.0},
 }
 """For each kind of budget, the units it may be written in and what they are worth (latency in milliseconds)."""
 
@@ -37,7 +38,11 @@ EXAMPLES = {
     "size": "size<=20MB",
     "latency": "latency<=12ms",
     "speedup": "speedup>=3",
+    "sparsity": "sparsity>=90%",
 }
+LOWER = frozenset({"speedup", "sparsity"})
+"""Kinds of budget that set a least instead of a most."""
+
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 _TERM = re.compile(rf"\w+\s*(?P<sign>[<>]=)\s*(?P<value>{_NUMBER})\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
 
@@ -52,14 +57,21 @@ class Term:
 
     @property
     def counts(self) -> str:
-        """The kind of cost that the limit is on: a speed-up is one of MACs."""
-        return "macs" if self.kind == "speedup" else self.kind
+        """The kind of cost that the limit is on: a speed-up is one of MACs, a sparsity leaves weights of the maps."""
+        return {"speedup": "macs", "sparsity": "map_params"}.get(self.kind, self.kind)
 
     def limit(self, full: float) -> float:
         """The limit in units, bytes or milliseconds, for a model that costs `full`."""
         if self.kind == "speedup":
             return full / self.value
+        if self.kind == "sparsity":
+            return full * (1 - self.share)
         return self.value / 100 * full if self.unit == "%" else self.value * UNITS[self.kind][self.unit]
+
+    @property
+    def share(self) -> float:
+        """The value as a share of 1."""
+        return self.value / 100 if self.unit == "%" else self.value
 
     def at_least(self, cost: float, full: float) -> Term:
         """The smallest limit of three digits, in this term's unit, that a cost still meets."""
@@ -82,7 +94,7 @@ class Term:
         return full / 100 if self.unit == "%" else UNITS[self.kind][self.unit]
 
     def __str__(self) -> str:
-        return f"{self.kind}{'>=' if self.kind == 'speedup' else '<='}{self.value:.12g}{self.unit}"
+        return f"{self.kind}{'>=' if self.kind in LOWER else '<='}{self.value:.12g}{self.unit}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ class Budget:
         Args:
             text: limits joined with commas, each `kind<=amount`. Kinds: macs, params, encoder_params (amounts such as
                 15M or 2.5G), size (20MB, 20MiB), latency (12ms); or a share of the model as given (60%). And
-                `speedup>=3`: at most a third of the model's MACs.
+                `speedup>=3`: at most a third of the model's MACs; `sparsity>=90%`: zeros among the weights of the
+                layers' linear maps.
 
         Raises:
             InvalidBudget: the text cannot be read, a kind is unknown or given twice, or a share would cut nothing.
@@ -211,7 +224,8 @@ def _cost(kind: str, model: nn.Module, batch: int, tokens: int) -> Cost:
         return macs(model, batch, tokens)
     if kind == "latency":
         return latency_table(model, batch, tokens)
-    return {"params": params, "encoder_params": encoder_params, "size": file_bytes}[kind](model)
+    counters = {"params": params, "encoder_params": encoder_params, "map_params": map_params, "size": file_bytes}
+    return counters[kind](model)
 
 
 def _term(piece: str) -> Term:
@@ -220,14 +234,16 @@ def _term(piece: str) -> Term:
         raise InvalidBudget(f"Unknown budget '{piece}': it limits one of {', '.join(UNITS)}, as in 'macs<=60%'.")
     kind = kind.lower()
     match = _TERM.fullmatch(piece)
-    if match is None or match["sign"] != (">=" if kind == "speedup" else "<="):
-        share = "" if kind == "speedup" else f" or a share, '{kind}<=60%'"
+    if match is None or match["sign"] != (">=" if kind in LOWER else "<="):
+        share = "" if kind in LOWER else f" or a share, '{kind}<=60%'"
         raise InvalidBudget(f"'{piece}' cannot be read: write '{EXAMPLES[kind]}'{share}.")
     value, unit = float(match["value"]), _unit(kind, match["unit"], piece)
     if value <= 0:
         raise InvalidBudget(f"'{piece}' leaves nothing: the limit must be above 0, as in '{EXAMPLES[kind]}'.")
     if kind == "speedup" and value <= 1:
         raise InvalidBudget(f"'{piece}' would cut nothing: a speed-up is above 1, as in '{EXAMPLES[kind]}'.")
+    if kind == "sparsity" and Term(kind, value, unit).share >= 1:
+        raise InvalidBudget(f"'{piece}' leaves nothing: a sparsity is below 1, as in '{EXAMPLES[kind]}'.")
     if unit == "%" and value >= 100:
         raise InvalidBudget(f"'{piece}' would cut nothing: shares are below 100%, as in '{kind}<=60%'.")
     return Term(kind, value, unit)

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from secateur.edits.slice import Slice
+from secateur.edits.sparsify import Sparsify
 from secateur.edits.tokens import DropTokens
 from secateur.errors import InvalidModel
 
-__all__ = ["EDITS", "DropTokens", "Edit", "Slice", "apply_edits", "edits_from_dicts", "merge"]
+__all__ = ["EDITS", "DropTokens", "Edit", "Slice", "Sparsify", "apply_edits", "edits_from_dicts", "merge"]
 
 
 class Edit(Protocol):
@@ -37,7 +38,11 @@ class Edit(Protocol):
         ...
 
 
-EDITS: dict[str, type[Slice] | type[DropTokens]] = {"slice": Slice, "drop_tokens": DropTokens}
+EDITS: dict[str, type[Slice] | type[DropTokens] | type[Sparsify]] = {
+    "slice": Slice,
+    "drop_tokens": DropTokens,
+    "sparsify": Sparsify,
+}
 
 
 def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False) -> nn.Module:

@@ -12,8 +12,12 @@ MISSING = "–"
 _FRACTIONS = ("accuracy", "f1")
 _COUNT_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+LEAST = {"speedup": (1.0, "×"), "sparsity": (0.01, "%")}
+"""Kinds of budget that ask for at least so much, and the unit they are printed in."""
 _NAMES = {
     "speedup": "Speed-up of MACs",
+    "sparsity": "Sparsity of the layers' maps",
+    "map_params": "Weights of the layers' maps",
     "macs": "MACs",
     "params": "Parameters",
     "encoder_params": "Encoder parameters",

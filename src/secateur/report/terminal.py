@@ -40,7 +40,7 @@ def print_report(results: Sequence[Record], console: Console | None = None) -> N
     out.print(_before_after(view))
     for term in view.terms:
         verdict = Text("met" if term.met else "missed", style="green" if term.met else "red")
-        bound = "least" if term.name == numbers.quantity_name("speedup") else "most"
+        bound = "least" if term.name in map(numbers.quantity_name, numbers.LEAST) else "most"
         out.print(Text(f"{term.name}: {term.reached} of at {bound} {term.limit} (asked {term.asked}), ") + verdict)
     for forecast in view.forecasts:
         if forecast.name.startswith("Latency"):

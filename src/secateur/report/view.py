@@ -277,7 +277,7 @@ def _interval(task: Record) -> str:
 
 def _term(term: Record) -> Term:
     kind, limit, reached = str(term["kind"]), float(term["limit"]), float(term["reached"])
-    unit = numbers.unit_of(kind, (limit, reached)) if kind != "speedup" else (1.0, "×")
+    unit = numbers.LEAST.get(kind) or numbers.unit_of(kind, (limit, reached))
     used = f"{100 * reached / limit:.1f} %" if limit else numbers.MISSING
     met = bool(term.get("met", reached <= limit))
     name, asked = numbers.quantity_name(kind), str(term.get("asked", ""))

@@ -3,10 +3,13 @@
 from secateur.train.finetuning import finetune
 from secateur.train.loop import BucketTrainer, Settings, bf16_pays, fit, last_checkpoint
 from secateur.train.losses import Objective, distilled, output_distance
+from secateur.train.pruning import Pruning, PruningSettings
 
 __all__ = [
     "BucketTrainer",
     "Objective",
+    "Pruning",
+    "PruningSettings",
     "Settings",
     "bf16_pays",
     "distilled",

@@ -55,6 +55,7 @@ class Settings:
         seed: of the new head, the order of the rows and dropout.
         dropout: share of activations set to zero; None keeps the model's.
         bf16: bfloat16 autocast.
+        beta2, eps: of AdamW.
     """
 
     epochs: int
@@ -66,6 +67,8 @@ class Settings:
     seed: int
     dropout: float | None
     bf16: bool
+    beta2: float = 0.999
+    eps: float = 1e-8
 
 
 def fit(
@@ -228,6 +231,8 @@ def _arguments(folder: Path, settings: Settings) -> TrainingArguments:
         warmup_steps=settings.warmup if 0 < settings.warmup < 1 else 0,
         lr_scheduler_type="linear",
         optim="adamw_torch_fused",
+        adam_beta2=settings.beta2,
+        adam_epsilon=settings.eps,
         seed=settings.seed,
         bf16=settings.bf16,
         save_strategy="no",  # `_Checkpoints` decides

@@ -1,0 +1,150 @@
+"""`Sparsify`: weights of linear maps that are mostly zero, stored as a bit for each and the values of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InvalidModel, SecateurError
+from secateur.sparsity.storage import Values, blocks_of, decode, encode
+from secateur.sparsity.weights import base_of, owner_of
+
+
+@dataclass(frozen=True)
+class Sparsify:
+    """Store some weights as mask and values; a model opens with plain dense ones.
+
+    Attributes:
+        kept: by the name of a weight in the base model, how many blocks of it are not zero.
+        values: how values are stored: "fp32", "bf16", or "int8" with a scale for each row.
+        block: rows × columns that are zero together.
+    """
+
+    kept: dict[str, int]
+    values: Values = "fp32"
+    block: tuple[int, int] = (1, 1)
+
+    type: ClassVar[str] = "sparsify"
+    changes_shapes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.values not in get_args(Values):
+            raise SecateurError(f"Values are stored as {', '.join(get_args(Values))}, not as {self.values!r}.")
+        if not self.kept or not all(type(count) is int and count >= 0 for count in self.kept.values()):
+            raise SecateurError("A sparse model has weights, and of each a number of blocks that are not zero.")
+        if len(self.block) != 2 or min(self.block) < 1:
+            raise SecateurError("A block has rows and columns, from 1.")
+
+    def apply(self, model: nn.Module, *, empty: bool = False) -> None:
+        """Check that the model has the weights: zeros need nothing else to work.
+
+        Raises:
+            SecateurError: a weight is missing, or does not divide into blocks.
+        """
+        named = dict(base_of(model)[0].named_parameters())
+        for name in self.kept:
+            shape = named[name].shape if name in named else ()
+            if len(shape) != 2 or shape[0] % self.block[0] or shape[1] % self.block[1]:
+                raise SecateurError(f"The model has no weight '{name}' that divides into {self.block} blocks.")
+
+    def present(self, model: nn.Module) -> Sparsify:
+        """The edit with as many blocks as are not zero now."""
+        named = dict(base_of(model)[0].named_parameters())
+        return sparsified({name: named[name] for name in self.kept}, self.values, self.block)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type, "kept": dict(self.kept), "values": self.values, "block": list(self.block)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sparsify:
+        """Inverse of `to_dict`.
+
+        Raises:
+            InvalidModel: unknown or missing keys, or values that cannot be read.
+        """
+        try:
+            values = {key: value for key, value in data.items() if key != "type"}
+            return cls(**{**values, "block": tuple(values["block"])})
+        except (SecateurError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidModel(f"config.json: the sparsify edit cannot be read: {error}") from None
+
+    def shape_for_reading(self, model: nn.Module) -> None:
+        """Before weights are read: each weight takes the shape of its values, and gets places for mask and scale."""
+        for name in self.kept:
+            owner, key = owner_of(model, name)
+            weight = getattr(owner, key)
+            owner.__dict__[_SHAPE] = tuple(weight.shape)
+            for part, shape, dtype in self._parts(name, tuple(weight.shape), weight.dtype):
+                place = torch.empty(shape, dtype=dtype, device=weight.device)
+                if part == "values":
+                    setattr(owner, key, nn.Parameter(place, requires_grad=place.is_floating_point()))
+                else:
+                    owner.register_buffer(f"{key}_{part}", place)
+
+    def restore(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """After weights were read: each weight is dense again."""
+        for name in self.kept:
+            owner, key = owner_of(model, name)
+            parts = {"values": getattr(owner, key).detach(), "mask": getattr(owner, f"{key}_mask")}
+            if self.values == "int8":
+                parts["scale"] = getattr(owner, f"{key}_scale")
+            dense = decode(parts, owner.__dict__.pop(_SHAPE), dtype, self.block)
+            for part in parts.keys() - {"values"}:
+                delattr(owner, f"{key}_{part}")
+            setattr(owner, key, nn.Parameter(dense))
+
+    def encode(self, state: dict[str, Tensor], model: nn.Module) -> None:
+        """Weights of a model's state dict in the form that is stored, in place."""
+        prefix = base_of(model)[1]
+        for key in (prefix + name for name in self.kept):
+            for part, tensor in encode(state[key].detach(), self.values, self.block).items():
+                state[key if part == "values" else f"{key}_{part}"] = tensor
+
+    def decode(self, state: dict[str, Tensor], model: nn.Module, prefix: str = "") -> None:
+        """Inverse of `encode` on what was stored, in place; dense weights stay."""
+        base, inside = base_of(model)
+        named = dict(base.named_parameters())
+        for name in self.kept:
+            key = prefix + inside + name
+            if f"{key}_mask" not in state:
+                continue
+            parts = {"values": state[key], "mask": state.pop(f"{key}_mask")}
+            if f"{key}_scale" in state:
+                parts["scale"] = state.pop(f"{key}_scale")
+            rows, columns = named[name].shape
+            state[key] = decode(parts, (rows, columns), named[name].dtype, self.block)
+
+    def _parts(
+        self, name: str, shape: tuple[int, int], dtype: torch.dtype
+    ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of what is stored of a weight."""
+        size = self.block[0] * self.block[1]
+        stored = torch.int8 if self.values == "int8" else dtype
+        places = -(-(shape[0] * shape[1] // size) // 8)
+        parts: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+            ("values", (self.kept[name] * size,), stored),
+            ("mask", (places,), torch.uint8),
+        ]
+        return [*parts, ("scale", (shape[0],), torch.float32)] if self.values == "int8" else parts
+
+
+_SHAPE = "_secateur_shape"
+
+
+def sparsified(weights: dict[str, nn.Parameter], values: Values = "fp32", block: tuple[int, int] = (1, 1)) -> Sparsify:
+    """The edit for weights as they are."""
+    counts = {name: int(blocks_of(w.detach(), block).ne(0).any(dim=1).sum()) for name, w in weights.items()}
+    return Sparsify(counts, values, block)
+
+
+def hold_zeros(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Keep zeros at zero while the model is trained further: their gradients are 0 from now on.
+
+    A fresh optimiser, with or without weight decay, then never moves them.
+    """
+    for weight in weights.values():
+        mask = weight.detach().ne(0)
+        weight.register_hook(lambda grad, mask=mask: grad * mask)

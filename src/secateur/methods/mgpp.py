@@ -1,0 +1,122 @@
+"""MGPP: one fine-tuning run ends at the wanted sparsity, guided by a mixture-Gaussian prior (arXiv 2411.00969)."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
+
+from secateur import hub
+from secateur.costs.analytic import macs, params
+from secateur.edits.sparsify import sparsified
+from secateur.errors import SecateurError
+from secateur.run import Job, Outcome, check_fields
+from secateur.sparsity.selection import Blocks, pattern_of
+from secateur.sparsity.storage import Values
+from secateur.sparsity.weights import prunable, turned
+from secateur.subnetwork import SubNetwork
+from secateur.train import Pruning, PruningSettings, Settings, bf16_pays, distilled, fit
+
+
+@dataclass
+class Mgpp(PruningSettings):
+    """Hyper-parameters of MGPP and of what it is compared with; those of `PruningSettings` are its own too.
+
+    Attributes:
+        epochs, lr, batch_size: of the training that prunes.
+        beta2, eps: of AdamW: with those of torch, Adam overshoots, and the prior does not hold weights at zero.
+        distill: weight of the distance to the dense model's outputs in the loss, from 0 to 1.
+        dropout: share of activations set to zero in training; none keeps the model's.
+        max_length: tokens beyond this are cut off in training.
+        values: how the weights that stay are stored: "fp32", "bf16" or "int8".
+    """
+
+    epochs: int = 6
+    lr: float = 5e-5
+    batch_size: int = 32
+    beta2: float = 0.98
+    eps: float = 1e-6
+    distill: float = 0.0
+    dropout: float | None = None
+    max_length: int = 128
+    values: Values = "fp32"
+
+    name: ClassVar[str] = "mgpp"
+    budgets: ClassVar[frozenset[str]] = frozenset({"sparsity"})
+    usual_budget: ClassVar[str] = "sparsity>=80%"
+    cuts_units: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("floor", "initial", "before", "after", "slab_last", "memory", "doubt", "distill"):
+            if getattr(self, name) > 1:
+                raise SecateurError(f"mgpp: {name} is a share, from 0 to 1, not {getattr(self, name):g}.")
+        if (self.dropout or 0) >= 1 or self.beta2 >= 1:
+            raise SecateurError("mgpp: dropout and beta2 lie between 0 and below 1.")
+        pattern_of(self.pattern)
+        self.prior()
+
+    def run(self, job: Job) -> Outcome:
+        """Train and prune; the weights that went are stored as zeros that cost one bit each."""
+        share = next(c.term.share for c in job.constraints if c.kind == "sparsity" and c.term)
+        model = copy.deepcopy(job.model)
+        pattern, weights = pattern_of(self.pattern), prunable(model, self.weights)
+        units = sum(pattern.units(weight.detach()).numel() for weight in weights.values())
+        # the unit at the threshold stays, so one more is asked for
+        pruning = Pruning(share if share >= pattern.most else min(share + 2 / units, pattern.most), self)
+        trained = job.run.tensors("train", lambda: self._train(model, job, pruning))
+        model.load_state_dict(trained)
+        nn.Module.to(model, job.model.device)
+        pruned = prunable(model, self.weights)
+        hub.attach(model.eval(), [sparsified(pruned, self.values, self._block(model, next(iter(pruned))))])
+        full = SubNetwork.full(model)
+        zeros = sum(int((weight == 0).sum()) for weight in pruned.values())
+        counted = {
+            "macs": macs(model, job.batch, job.tokens).of(full),
+            "params": params(model).of(full),
+            "map_params": sum(weight.numel() for weight in pruned.values()) - zeros,
+        }
+        return Outcome(model, hub.edits_of(model), full, predicted=counted)
+
+    def _block(self, model: PreTrainedModel, name: str) -> tuple[int, int]:
+        """Rows and columns that are zero together in the weights as they are stored."""
+        pattern = pattern_of(self.pattern)
+        if not isinstance(pattern, Blocks):
+            return 1, 1
+        return (pattern.columns, pattern.rows) if turned(model, name) else (pattern.rows, pattern.columns)
+
+    def _train(self, model: PreTrainedModel, job: Job, pruning: Pruning) -> dict[str, Tensor]:
+        """Weights after the training that prunes."""
+        settings = Settings(
+            self.epochs,
+            self.lr,
+            self.batch_size,
+            self.max_length,
+            warmup=0.0,
+            weight_decay=0.0,
+            seed=job.seed,
+            dropout=self.dropout,
+            bf16=bf16_pays(),
+            beta2=self.beta2,
+            eps=self.eps,
+        )
+        objective = distilled(copy.deepcopy(job.model), self.distill) if self.distill else None
+        set_seed(job.seed)
+        with tempfile.TemporaryDirectory() as spare:
+            folder = Path(spare) if job.run.folder is None else job.run.folder / "training"
+            fit(
+                model,
+                job.tokenizer,
+                job.task,
+                folder,
+                settings,
+                objective=objective,
+                callbacks=[pruning],
+                progress=job.show,
+            )
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

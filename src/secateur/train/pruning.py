@@ -1,0 +1,291 @@
+"""Pruning while training, as a `TrainerCallback` that any `Trainer` takes: one run ends at the wanted sparsity.
+
+MGPP (Zhang, Sun & Liang, arXiv 2411.00969) and what it is compared with share schedule, ranking and masks. They differ
+in the score of a weight, and MGPP adds the pull of its prior to the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secateur.errors import InvalidData, SecateurError
+from secateur.sparsity.prior import MixturePrior
+from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_strength
+from secateur.sparsity.selection import Blocks, choose, pattern_of
+from secateur.sparsity.weights import prunable, sparsity, turned
+
+Score = Literal["prior", "magnitude", "platon", "movement"]
+STATE = "pruning.safetensors"
+
+
+@dataclass
+class PruningSettings:
+    """What decides which weights go.
+
+    Attributes:
+        score: "prior" ranks by size under MGPP's prior, "magnitude" without it; "platon" (Zhang et al., ICML 2022) by
+            the averaged |w·gradient| times its uncertainty, "movement" (Sanh et al., NeurIPS 2020) by how much
+            training moves a weight away from zero.
+        pattern: what goes together: "1x1" (single weights), blocks such as "16x4", or "2:4".
+        weights: regular expression of parameter names; the linear maps of all layers if None.
+        floor: share of each matrix that stays in any case.
+        initial: sparsity at the first choice.
+        before: share of the steps before the first choice.
+        after: share of the steps after the last choice, with the mask as it is.
+        interval: steps between choices.
+        slab_share: λ of the prior: probability of the slab.
+        slab_last: share of λ that annealing ends at.
+        spike: v0, variance of the spike.
+        slab: v1, variance of the slab.
+        anneal: "slab" lowers λ while pruning, "strength" raises the prior before pruning starts, or "none".
+        memory: β1 of "platon".
+        doubt: β2 of "platon".
+    """
+
+    score: Score = "prior"
+    pattern: str = "1x1"
+    weights: str | None = None
+    floor: float = 0.01
+    initial: float = 0.3
+    before: float = 0.1
+    after: float = 0.1
+    interval: int = 10
+    slab_share: float = 0.1
+    slab_last: float = 0.001
+    spike: float = 1e-9
+    slab: float = 0.1
+    anneal: Literal["slab", "strength", "none"] = "slab"
+    memory: float = 0.85
+    doubt: float = 0.95
+
+    def schedule(self, final: float, steps: int) -> CubicSchedule:
+        """The schedule of a run of so many steps.
+
+        Raises:
+            SecateurError: there is no room for it.
+        """
+        end = steps - 1 - int(self.after * steps)
+        return CubicSchedule(int(self.before * steps), end, self.interval, min(self.initial, final), final)
+
+    def prior(self, slab_share: float | None = None) -> MixturePrior:
+        """The prior with a probability of the slab; λ if None."""
+        pattern = pattern_of(self.pattern)
+        group = pattern.rows * pattern.columns if isinstance(pattern, Blocks) else 1
+        return MixturePrior(slab_share or self.slab_share, self.spike, self.slab, group)
+
+
+class Pruning(TrainerCallback):
+    """Prunes a model while a `Trainer` trains it.
+
+    Gradients are read, and the prior is added to them, after they were clipped and reduced over processes, once for
+    each optimiser step. Between two choices a pruned weight may grow again; after the last one the mask holds. A
+    resumed run goes on with the same weights and masks.
+
+    Args:
+        final: the sparsity to end at, of the weights that can go.
+        settings: what decides which go.
+        examples: N, the number of training examples; that of the trainer's data if None.
+
+    Attributes:
+        history: at each choice the step, the sparsity reached, the share of weights below the prior's threshold w*, and
+            w* over the learning rate: below 1, the prior cannot hold weights at zero.
+    """
+
+    def __init__(self, final: float, settings: PruningSettings | None = None, examples: int | None = None) -> None:
+        self.final = final
+        self.settings = settings or PruningSettings()
+        self.pattern = pattern_of(self.settings.pattern)
+        if not 0 < final < 1:
+            raise SecateurError(f"A sparsity lies between 0 and 1, not at {final:g}.")
+        if final > self.pattern.most:
+            raise SecateurError(
+                f"The pattern {self.pattern.text} reaches a sparsity of {self.pattern.most:g}, not {final:g}."
+            )
+        self.settings.prior()
+        self.examples = examples
+        self.history: list[dict[str, float]] = []
+        self._masks: dict[str, Tensor] = {}
+        self._state: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Find the weights and the schedule; go on where a checkpoint was written."""
+        if model is None:
+            raise SecateurError("Pruning needs the model in training: use it with a Trainer.")
+        if self.examples is None:
+            self.examples = len(train_dataloader.dataset)
+        if self.examples < 1:
+            raise InvalidData("Pruning while training needs training rows: there are none.")
+        if args.fp16 and not args.max_grad_norm:
+            raise SecateurError("Pruning in fp16 needs gradients that were scaled back: set max_grad_norm above 0.")
+        self.parameters = prunable(model, self.settings.weights)
+        self._turned = {name for name in self.parameters if turned(model, name)}
+        for name in self.parameters:
+            self._check(name)
+        self.schedule = self.settings.schedule(self.final, state.max_steps)
+        self.begun = int(self.settings.before * state.max_steps)
+        if state.global_step > 0:
+            self._resume(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE, state.global_step)
+
+    def _rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Something of a weight's shape as (out, in), and back."""
+        return tensor.T if name in self._turned else tensor
+
+    def _check(self, name: str) -> None:
+        shape = self._rows(name, self.parameters[name]).shape
+        if not self.pattern.fits(shape):
+            raise SecateurError(
+                f"{name} is {shape[0]} x {shape[1]} and cannot be divided into {self.pattern.text}: choose another "
+                "pattern, or other weights."
+            )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Movement: the pass runs on masked weights, and the others are kept aside."""
+        if self.settings.score == "movement" and self._masks:
+            for name, parameter in self.parameters.items():
+                self._dense[name] = parameter.detach().clone()
+            self._apply()
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Read gradients, and add the prior's."""
+        for name, kept in self._dense.items():
+            self.parameters[name].copy_(kept)
+        self._dense.clear()
+        step = state.global_step
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            if self.settings.score in ("platon", "movement") and step <= self.schedule.end:
+                self._follow(name, parameter, parameter.grad)
+            if self.settings.score == "movement" and name in self._masks:
+                parameter.grad.mul_(self._masks[name])
+        if self.settings.score == "prior" and step <= self.schedule.end:
+            self._pull(step)
+
+    def _pull(self, step: int) -> None:
+        """Add the prior's gradient over N."""
+        strength = annealed_strength(0, self.begun, step) if self.settings.anneal == "strength" else 1.0
+        if strength == 0 or self.examples is None:
+            return
+        prior = self.prior_at(step)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            rows, grad = self._rows(name, parameter), self._rows(name, parameter.grad)
+            squares = self.pattern.squares(rows) if isinstance(self.pattern, Blocks) else None
+            grad.add_(prior.pull(rows, squares).to(grad.dtype), alpha=strength / self.examples)
+
+    def prior_at(self, step: int) -> MixturePrior:
+        """The prior at a step."""
+        chosen = self.settings
+        if chosen.anneal != "slab":
+            return chosen.prior()
+        return chosen.prior(annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step))
+
+    def _follow(self, name: str, weight: Tensor, grad: Tensor) -> None:
+        """Scores that gather over steps."""
+        product = weight.float() * grad.float()
+        if self.settings.score == "movement":
+            self._state[f"{name}|score"] = self._state.get(f"{name}|score", torch.zeros_like(product)) - product
+            return
+        mean, doubt = f"{name}|mean", f"{name}|doubt"
+        now = product.abs()
+        if mean not in self._state:
+            self._state[mean], self._state[doubt] = torch.zeros_like(now), torch.zeros_like(now)
+        self._state[mean].lerp_(now, 1 - self.settings.memory)
+        self._state[doubt].lerp_((now - self._state[mean]).abs(), 1 - self.settings.doubt)
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Choose weights, if it is time, and set them to zero."""
+        step = state.global_step
+        if self.schedule.chooses(step):
+            scores = {name: self._rows(name, self._score(name)) for name in self.parameters}
+            masks = choose(list(scores.values()), self.schedule.sparsity(step), self.pattern, self.settings.floor)
+            self._masks = {name: self._rows(name, mask) for name, mask in zip(scores, masks, strict=True)}
+            if self.settings.score != "movement" or step == self.schedule.end:
+                self._apply()
+            self.history.append(self._look(step, optimizer))
+        elif step > self.schedule.end:
+            self._apply()
+
+    def _score(self, name: str) -> Tensor:
+        if self.settings.score == "movement":
+            return self._state[f"{name}|score"]
+        if self.settings.score == "platon":
+            return self._state[f"{name}|mean"] * self._state[f"{name}|doubt"]
+        return self.parameters[name].detach().abs()
+
+    def _apply(self) -> None:
+        for name, mask in self._masks.items():
+            self.parameters[name].data.masked_fill_(~mask, 0)
+
+    def _look(self, step: int, optimizer: Any) -> dict[str, float]:
+        masked = {name: mask.float() for name, mask in self._masks.items()}
+        found = {"step": step, "sparsity": round(sparsity(masked), 6)}
+        if self.settings.score == "prior":
+            prior = self.prior_at(step)
+            limit = prior.threshold / prior.group**0.5
+            total = sum(p.numel() for p in self.parameters.values())
+            inside = sum(int((p.detach().abs() < limit).sum()) for p in self.parameters.values())
+            found["in_spike"] = round(inside / total, 6)
+            rates = [group["lr"] for group in getattr(optimizer, "param_groups", ())]
+            if rates and max(rates) > 0:
+                found["spike_over_lr"] = round(limit / max(rates), 3)
+        return found
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """What the last choice found, among the trainer's own logs."""
+        if logs is not None and self.history:
+            logs |= {key: value for key, value in self.history[-1].items() if key != "step"}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep scores and masks beside a checkpoint."""
+        if state.is_world_process_zero:
+            masks = {f"{name}|mask": mask for name, mask in self._masks.items()}
+            kept = {name: tensor.contiguous() for name, tensor in (self._state | masks).items()}
+            save_file(kept, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE)
+
+    def _resume(self, file: Path, step: int) -> None:
+        if not file.is_file():
+            raise SecateurError(f"{file.parent} was not written by this pruning run: start anew.")
+        for key, tensor in load_file(file).items():
+            name, _, kind = key.rpartition("|")
+            tensor = tensor.to(self.parameters[name].device)
+            if kind == "mask":
+                self._masks[name] = tensor
+            else:
+                self._state[key] = tensor
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the chosen weights to zero once more, and check."""
+        self._apply()
+        reached = sparsity(self.parameters)
+        if state.global_step == state.max_steps and reached < self.final - 0.01:
+            raise SecateurError(f"Training ended at a sparsity of {reached:.4f} instead of {self.final:g}.")
+
+    def sparsities(self) -> dict[str, float]:
+        """Share of zeros of each matrix."""
+        return {name: sparsity({name: parameter}) for name, parameter in self.parameters.items()}
