@@ -140,7 +140,7 @@ def sparsified(weights: dict[str, nn.Parameter], values: Values = "fp32", block:
     return Sparsify(counts, values, block)
 
 
-def hold_zeros(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+def hold_zeros(weights: dict[str, nn.Parameter]) -> None:
     """Keep zeros at zero while the model is trained further: their gradients are 0 from now on.
 
     A fresh optimiser, with or without weight decay, then never moves them.

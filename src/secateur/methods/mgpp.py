@@ -66,7 +66,7 @@ class Mgpp(PruningSettings):
         share = next(c.term.share for c in job.constraints if c.kind == "sparsity" and c.term)
         model = copy.deepcopy(job.model)
         pattern, weights = pattern_of(self.pattern), prunable(model, self.weights)
-        units = sum(pattern.units(weight.detach()).numel() for weight in weights.values())
+        units = sum(weight.numel() // pattern.size for weight in weights.values())
         # the unit at the threshold stays, so one more is asked for
         pruning = Pruning(share if share >= pattern.most else min(share + 2 / units, pattern.most), self)
         trained = job.run.tensors("train", lambda: self._train(model, job, pruning))

@@ -72,6 +72,11 @@ class Pattern(Protocol):
         """The largest sparsity it can reach."""
         ...
 
+    @property
+    def size(self) -> int:
+        """Weights of a unit."""
+        ...
+
     def units(self, score: Tensor) -> Tensor:
         """Scores of the units, any shape, from scores of a matrix's weights, (out, in)."""
         ...
@@ -98,9 +103,13 @@ class Blocks:
         return f"{self.rows}x{self.columns}"
 
     @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    @property
     def single(self) -> bool:
         """Whether each weight stands alone."""
-        return self.rows == self.columns == 1
+        return self.size == 1
 
     def units(self, score: Tensor) -> Tensor:
         return score if self.single else self._mean(score.square()).sqrt()
@@ -109,7 +118,7 @@ class Blocks:
         """‖w‖² of each weight's block, of the matrix's shape; None for single weights."""
         if self.single:
             return None
-        return self._spread(self._mean(weight.float().square()) * (self.rows * self.columns))
+        return self._spread(self._mean(weight.float().square()) * self.size)
 
     def kept(self, score: Tensor, units: Tensor) -> Tensor:
         return units if self.single else self._spread(units)
@@ -141,6 +150,10 @@ class NofM:
     @property
     def most(self) -> float:
         return 1 - self.n / self.m
+
+    @property
+    def size(self) -> int:
+        return self.m
 
     def units(self, score: Tensor) -> Tensor:
         smallest = self._runs(score).sort(dim=-1).values[..., : self.m - self.n]
@@ -185,6 +198,7 @@ def choose(scores: Sequence[Tensor], sparsity: float, pattern: Pattern, floor: f
         pattern: units of weights.
         floor: each matrix keeps at least this share of its units, its highest; others then lose more.
     """
+    floor = floor if pattern.most == 1 else 0.0  # n of m keep their share in any case
     units = [pattern.units(score) for score in scores]
     share = min(1.0, sparsity / pattern.most)
     everything = sum(unit.numel() for unit in units)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -105,7 +104,7 @@ def fit(
         model=model,
         args=_arguments(folder, settings),
         train_dataset=_Rows(rows),
-        callbacks=[_Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds), *callbacks],
+        callbacks=[*callbacks, _Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds)],  # marks them last
         objective=objective,
     )
     trainer.remove_callback(PrinterCallback)  # it writes to standard output
@@ -150,10 +149,18 @@ class BucketTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the objective's loss, or the model's own."""
+        """Return the objective's loss, or the model's own; stop if it is not finite.
+
+        Raises:
+            InvalidModel: nothing can be learned from here on.
+        """
         if self.objective is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        return self.objective(model, inputs)
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        else:
+            found = self.objective(model, inputs)
+        if not bool((found[0] if isinstance(found, tuple) else found).isfinite()):
+            raise _diverged(self.state.global_step)
+        return found
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of an epoch; their order depends on the seed and the epoch alone."""
@@ -185,9 +192,18 @@ class _Checkpoints(TrainerCallback):
         self.seconds = seconds
         self.last = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint if the last one is old, except after the last step."""
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Ask for a checkpoint if the last one is old, except after the last step, and never of a diverged model."""
         if time.monotonic() - self.last >= self.seconds and state.global_step < state.max_steps:
+            if model is not None and not all(bool(p.isfinite().all()) for p in model.parameters()):
+                raise _diverged(state.global_step)
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -209,16 +225,17 @@ class _Progress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Remember the loss; stop if it is not finite, for nothing can be learned from then on."""
+        """Remember the loss."""
         if logs and "loss" in logs:
-            loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                raise InvalidModel(f"training diverged at step {state.global_step}: lower lr (--lr), or turn bf16 off")
-            self.note = f"loss {loss:.3f}"
+            self.note = f"loss {float(logs['loss']):.3f}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report the step."""
         self.advance(state.global_step, self.note)
+
+
+def _diverged(step: int) -> InvalidModel:
+    return InvalidModel(f"training diverged at step {step}: lower lr (--lr), or turn bf16 off")
 
 
 def _arguments(folder: Path, settings: Settings) -> TrainingArguments:

@@ -77,7 +77,7 @@ class PruningSettings:
     def prior(self, slab_share: float | None = None) -> MixturePrior:
         """The prior with a probability of the slab; λ if None."""
         pattern = pattern_of(self.pattern)
-        group = pattern.rows * pattern.columns if isinstance(pattern, Blocks) else 1
+        group = pattern.size if isinstance(pattern, Blocks) else 1
         return MixturePrior(slab_share or self.slab_share, self.spike, self.slab, group)
 
 
@@ -258,8 +258,11 @@ class Pruning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """What the last choice found, among the trainer's own logs."""
-        if logs is not None and self.history:
-            logs |= {key: value for key, value in self.history[-1].items() if key != "step"}
+        if self.history:
+            found = {key: value for key, value in self.history[-1].items() if key != "step"}
+            for kept in (logs, state.log_history[-1] if state.log_history else None):
+                if kept is not None:
+                    kept |= found
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep scores and masks beside a checkpoint."""
