@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from secateur import families
     from secateur.api import compress, dial, evaluate, export, finetune, measure
     from secateur.edits import DropTokens, Slice, apply_edits
+    from secateur.edits.sparsify import hold_zeros
+    from secateur.hub import sparsify
     from secateur.methods.late import Late
     from secateur.methods.mgpp import Mgpp
     from secateur.methods.optin import Optin
@@ -22,14 +24,18 @@ if TYPE_CHECKING:
     from secateur.results import Result
     from secateur.subnetwork import SubNetwork
     from secateur.tasks import Task, load_task
+    from secateur.train import CompressionTrainer, Pruning, PruningSettings
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "CompressionTrainer": "train",
     "DropTokens": "edits",
     "Late": "methods.late",
     "Mgpp": "methods.mgpp",
     "Optin": "methods.optin",
+    "Pruning": "train",
+    "PruningSettings": "train",
     "Ptf": "methods.ptf",
     "Result": "results",
     "Slice": "edits",
@@ -41,15 +47,20 @@ _HOME = {
     "evaluate": "api",
     "export": "api",
     "finetune": "api",
+    "hold_zeros": "edits.sparsify",
     "load_task": "tasks",
     "measure": "api",
+    "sparsify": "hub",
 }
 
 __all__ = [
+    "CompressionTrainer",
     "DropTokens",
     "Late",
     "Mgpp",
     "Optin",
+    "Pruning",
+    "PruningSettings",
     "Ptf",
     "Result",
     "Slice",
@@ -63,8 +74,10 @@ __all__ = [
     "export",
     "families",
     "finetune",
+    "hold_zeros",
     "load_task",
     "measure",
+    "sparsify",
 ]
 
 

@@ -26,7 +26,6 @@ from transformers import (
 
 import secateur
 from secateur import hub
-from secateur.edits.sparsify import hold_zeros, sparsified
 from secateur.errors import InvalidBudget, InvalidData, InvalidModel, SecateurError
 from secateur.sparsity.weights import prunable, sparsity
 from secateur.train import Pruning, PruningSettings
@@ -43,8 +42,7 @@ def sparse_bert(share: float = 0.9, values: Any = "fp32") -> Any:
     weights = prunable(model)
     for weight in weights.values():
         weight.data[weight.abs() < weight.abs().flatten().kthvalue(int(share * weight.numel())).values] = 0
-    hub.attach(model, [sparsified(weights, values)])
-    return model
+    return secateur.sparsify(model, values)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -140,11 +138,11 @@ def test_zeros_stay_when_asked_and_a_trainer_resumes(tmp_path: Path) -> None:
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse")
         zeros = {name: weight.detach() == 0 for name, weight in prunable(model).items()}
         if held:
-            hold_zeros(prunable(model))
+            secateur.hold_zeros(model)
         arguments = TrainingArguments(
             str(tmp_path / "run"), max_steps=4, save_steps=2, use_cpu=True, report_to="none", weight_decay=0.1
         )
-        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer = secateur.CompressionTrainer(model, arguments, train_dataset=rows)
         trainer.train()
         stays = all(bool((prunable(model)[name] == 0)[mask].all()) for name, mask in zeros.items())
         assert stays is held

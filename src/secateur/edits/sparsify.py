@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidModel, SecateurError
 from secateur.sparsity.storage import Values, blocks_of, decode, encode
-from secateur.sparsity.weights import base_of, owner_of
+from secateur.sparsity.weights import base_of, owner_of, prunable
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,15 @@ def sparsified(weights: dict[str, nn.Parameter], values: Values = "fp32", block:
     return Sparsify(counts, values, block)
 
 
-def hold_zeros(weights: dict[str, nn.Parameter]) -> None:
-    """Keep zeros at zero while the model is trained further: their gradients are 0 from now on.
+def hold_zeros(model: nn.Module) -> None:
+    """Keep zeros at zero while a model is trained further: their gradients are 0 from now on.
 
     A fresh optimiser, with or without weight decay, then never moves them.
+
+    Args:
+        model: a model of a known family; zeros among the weights of its layers' linear maps are held.
     """
+    weights = prunable(model)
     for weight in weights.values():
         mask = weight.detach().ne(0)
         weight.register_hook(lambda grad, mask=mask: grad * mask)

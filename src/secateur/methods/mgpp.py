@@ -73,7 +73,8 @@ class Mgpp(PruningSettings):
         model.load_state_dict(trained)
         nn.Module.to(model, job.model.device)
         pruned = prunable(model, self.weights)
-        hub.attach(model.eval(), [sparsified(pruned, self.values, self._block(model, next(iter(pruned))))])
+        edit = sparsified(pruned, self.values, self._block(model, next(iter(pruned))))
+        hub.attach(model.eval(), [edit])
         full = SubNetwork.full(model)
         zeros = sum(int((weight == 0).sum()) for weight in pruned.values())
         counted = {

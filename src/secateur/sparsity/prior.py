@@ -63,7 +63,7 @@ class MixturePrior:
         Args:
             squares: w², or ‖w‖² of groups, float32 or float64.
         """
-        return torch.sigmoid(-(self.offset + self.sharpness * squares))
+        return (squares * -self.sharpness).sub_(self.offset).sigmoid_()
 
     def pull(self, weight: Tensor, squares: Tensor | None = None) -> Tensor:
         """-d/dw ln π(w) = w (g/v0 + (1 - g)/v1): what is added, over N, to the gradient of a mean loss.
@@ -77,4 +77,5 @@ class MixturePrior:
         """
         w = weight if weight.dtype == torch.float64 else weight.float()
         g = self.spike_probability(w.square() if squares is None else squares)
-        return w * (g * (1 / self.spike - 1 / self.slab) + 1 / self.slab)
+        # in place: this runs over every weight in every step
+        return g.mul_(1 / self.spike - 1 / self.slab).add_(1 / self.slab) * w

@@ -1,12 +1,13 @@
 """Training: the loop, its losses, and the verb `finetune`."""
 
 from secateur.train.finetuning import finetune
-from secateur.train.loop import BucketTrainer, Settings, bf16_pays, fit, last_checkpoint
+from secateur.train.loop import BucketTrainer, CompressionTrainer, Settings, bf16_pays, fit, last_checkpoint
 from secateur.train.losses import Objective, distilled, output_distance
 from secateur.train.pruning import Pruning, PruningSettings
 
 __all__ = [
     "BucketTrainer",
+    "CompressionTrainer",
     "Objective",
     "Pruning",
     "PruningSettings",

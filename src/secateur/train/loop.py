@@ -135,24 +135,33 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-class BucketTrainer(Trainer):
-    """A `Trainer` whose batches hold examples of like length. The training set must be an encoded split's rows.
+class CompressionTrainer(Trainer):
+    """A `Trainer` that takes pruning, and a loss such as `distilled`; it stops when the loss is not finite.
 
     Args:
+        pruning: prunes while it trains (`Pruning`); any other `Trainer` takes it among its callbacks.
         objective: the loss; the model's own if None.
     """
 
-    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        pruning: TrainerCallback | None = None,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if pruning is not None:
+            kwargs["callbacks"] = [pruning, *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
         self.objective: Objective | None = objective
         if objective is not None:
             self.loss_is_scaled_for_ga = False
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the objective's loss, or the model's own; stop if it is not finite.
+        """Return the objective's loss, or the model's own.
 
         Raises:
-            InvalidModel: nothing can be learned from here on.
+            InvalidModel: it is not finite: nothing can be learned from here on.
         """
         if self.objective is None:
             found = super().compute_loss(model, inputs, *args, **kwargs)
@@ -161,6 +170,10 @@ class BucketTrainer(Trainer):
         if not bool((found[0] if isinstance(found, tuple) else found).isfinite()):
             raise _diverged(self.state.global_step)
         return found
+
+
+class BucketTrainer(CompressionTrainer):
+    """A trainer whose batches hold examples of like length. The training set must be an encoded split's rows."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of an epoch; their order depends on the seed and the epoch alone."""
