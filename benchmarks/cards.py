@@ -51,7 +51,7 @@ def _seeds(record: Any, method: str, split: str, budget: int) -> str:
 
 def late_tables() -> str:
     """Metric against speed-up."""
-    tasks = ("stsb", "sst2", "wnut17")
+    tasks = ("stsb", "sst2", "long", "wnut17")
     records = [record for task in tasks if (record := results(f"late_quality_{task}"))]
     return "\n\n".join(late_quality.table(record, split) for record in records for split in SPLITS)
 

@@ -174,6 +174,9 @@ def carry_edits(source: nn.Module, target: nn.Module) -> None:
     for name in ("hf_quantizer", "is_quantized", "quantization_method", ATTRIBUTE):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
+    if edits_of(target):
+        target.register_load_state_dict_pre_hook(_unguard)
+        target.register_load_state_dict_pre_hook(_densify)
 
 
 def guarded_parameter(model: nn.Module) -> tuple[nn.Module, str]:

@@ -7,9 +7,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -99,43 +99,6 @@ class Outcome:
     subnetwork: SubNetwork
     scores: UnitScores | None = field(default=None, repr=False)
     predicted: dict[str, float] | None = None
-
-
-def check_fields(method: Any) -> None:
-    """Check a method's hyper-parameters against their types: choices, whole numbers from 1, numbers from 0.
-
-    Raises:
-        SecateurError: names the first one that does not fit.
-    """
-    hints = get_type_hints(type(method))
-    for name in (f.name for f in fields(method)):
-        value, kinds = getattr(method, name), _kinds(hints[name])
-        choices = [kind for kind in kinds if isinstance(kind, str)]
-        fits = (
-            (value is None and type(None) in kinds)
-            or (isinstance(value, bool) and bool in kinds)
-            or (isinstance(value, str) and (value in choices or str in kinds))
-            or (type(value) is int and int in kinds and value >= 1)
-            or (type(value) in (int, float) and float in kinds and 0 <= value < float("inf"))
-        )
-        if not fits:
-            wanted = {
-                bool: "true or false",
-                int: "a whole number from 1",
-                float: "a number from 0",
-                str: "a text",
-                type(None): "none",
-            }
-            raise SecateurError(
-                f"{method.name}: {name} is {' or '.join([*choices, *(wanted[k] for k in kinds if k in wanted)])}, "
-                f"not {value!r}."
-            )
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """The types and literal values that a hint allows."""
-    parts = get_args(hint)
-    return [kind for part in parts for kind in _kinds(part)] if parts else [hint]
 
 
 class Method(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -28,7 +31,7 @@ import secateur
 from secateur import hub
 from secateur.errors import InvalidBudget, InvalidData, InvalidModel, SecateurError
 from secateur.sparsity.weights import prunable, sparsity
-from secateur.train import Pruning, PruningSettings
+from secateur.train import Pruning, PruningSettings, distilled
 from tests.conftest import ENCODERS, tiny_model
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
 
@@ -372,7 +375,7 @@ def test_two_processes_choose_the_masks_of_one(score: str, tmp_path: Path) -> No
         ({}, "sparsity<=80%", "write 'sparsity>=90%'"),
         ({}, "macs<=50%", "mgpp takes no 'macs' budget: use sparsity"),
         ({"before": 0.6, "after": 0.5}, None, "no room: it would begin at step 5 and end at step 4"),
-        ({"pattern": "2:4"}, None, "The pattern 2:4 reaches a sparsity of 0.5, not 0.8"),
+        ({"pattern": "2:4"}, None, "0.8 is out of reach: of the 21,504 weights that may go, a share of 0.5 can"),
         ({"pattern": "5x5"}, None, "is 32 x 32 and cannot be divided into 5x5"),
         ({"pattern": "many"}, None, "A pattern is '1x1'"),
         ({"weights": "[a-"}, None, "is no regular expression"),
@@ -380,6 +383,9 @@ def test_two_processes_choose_the_masks_of_one(score: str, tmp_path: Path) -> No
         ({"spike": 0.5}, None, "not above the slab's"),
         ({"slab_share": 1.5}, None, "slab's share lies between 0 and 1"),
         ({"floor": 1.5}, None, "floor is a share"),
+        ({"slab_last": 0}, None, "slab_last is above 0"),
+        ({}, "sparsity>=99.5%", "a share of 0.99 can .* nearest feasible budget is sparsity>=0.99."),
+        ({"weights": "self.query"}, None, "nearest feasible budget is sparsity>=0.1"),
         ({"score": "taylor"}, None, "score is prior or magnitude or platon or movement"),
         ({"lr": 1e30}, None, "training diverged"),
     ],
@@ -395,6 +401,153 @@ def test_bad_settings_and_budgets(settings: dict[str, Any], budget: str | None, 
         )
 
 
+def test_a_budget_counts_all_maps_also_if_some_may_not_go() -> None:
+    method = secateur.Mgpp(**MGPP, weights="intermediate|output.dense")
+    result = compress(tiny_model("bert"), method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="sparsity>=50%")
+    weights = prunable(result.model)
+    assert 0.5 <= sparsity(weights) <= 0.5 + 3 / sum(weight.numel() for weight in weights.values())
+    assert result.budget["terms"][0]["reached"] == pytest.approx(sparsity(weights))
+    assert all(bool(weight.all()) for name, weight in weights.items() if "query" in name)
+
+
+def test_a_sparse_model_is_pruned_and_stored_again(tmp_path: Path) -> None:
+    method = secateur.Mgpp(**MGPP)
+    once = compress(tiny_model("bert"), method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="sparsity>=50%")
+    twice = compress(
+        once.model, method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="sparsity>=70%", out=tmp_path / "out"
+    )
+    assert sparsity(prunable(twice.model)) >= 0.7
+    assert len(twice.edits) == 1
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    secateur.sparsify(again, "int8").save_pretrained(tmp_path / "int8")
+    assert [edit.to_dict()["values"] for edit in hub.edits_of(again)] == ["int8"]
+    assert 0.7 <= sparsity(prunable(hub.open_model(tmp_path / "int8"))) < 0.75
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+def test_finetuning_and_late_keep_zeros(new_head: bool, tmp_path: Path) -> None:
+    sparse_bert().save_pretrained(tmp_path / "sparse")
+    tiny_tokenizer().save_pretrained(tmp_path / "sparse")
+    model = (AutoModel if new_head else AutoModelForSequenceClassification).from_pretrained(tmp_path / "sparse")
+    zeros = sparsity(prunable(model))
+    before = [weight.detach().clone() for weight in prunable(model).values()]
+    folder = secateur.finetune(
+        model, tiny_tokenizer(), tiny_task(), tmp_path / "tuned", epochs=1, lr=1e-2, batch_size=16, max_length=32
+    )
+    tuned = hub.open_model(folder)
+    weights = prunable(tuned)
+    assert sparsity(weights) == zeros
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights.values(), strict=True))
+    grads = [weight._backward_hooks for weight in prunable(model).values()]
+    assert not any(grads)  # let go again
+    late = secateur.Late(train_speedup=1.5, epochs=1, batch_size=16, examples=8, lr=1e-2)
+    result = compress(tuned, late, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="speedup>=1.5")
+    assert sparsity(prunable(result.model)) == zeros
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_what_is_judged_is_what_is_stored(values: Any, tmp_path: Path) -> None:
+    method = secateur.Mgpp(**MGPP, values=values)
+    result = compress(tiny_model("bert"), method, task=tiny_task(), tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    batch = {"input_ids": torch.randint(5, 99, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, result.model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def _stepped(steps: list[int], **settings: Any) -> dict[int, float]:
+    """What the prior adds to the gradient of one weight of 1, times N, at some of 100 steps."""
+    model: Any = tiny_model("bert")
+    pruning = Pruning(0.5, PruningSettings(**settings), examples=4)
+    state, control = TrainerState(max_steps=100, global_step=0), TrainerControl()
+    arguments = TrainingArguments("unused", use_cpu=True, report_to="none")
+    pruning.on_train_begin(arguments, state, control, model=model)
+    weight = next(iter(pruning.parameters.values()))
+    found = {}
+    for step in steps:
+        state.global_step = step
+        with torch.no_grad():
+            weight.fill_(1.0)
+        weight.grad = torch.zeros_like(weight)
+        pruning.on_pre_optimizer_step(arguments, state, control)
+        found[step] = 4 * float(weight.grad[0, 0])
+    return found
+
+
+def test_the_prior_is_annealed_and_ends_with_pruning() -> None:
+    # a weight of 1 lies in the slab, where the pull is w/v1, as long as the slab is much likelier there
+    base = dict(before=0.2, after=0.1, spike=0.01, slab=0.5)
+    steady = _stepped([0, 50, 89, 90], **base, anneal="none")
+    assert steady == pytest.approx({0: 2.0, 50: 2.0, 89: 2.0, 90: 0.0}, abs=1e-5)
+    rising = _stepped([0, 5, 10, 20, 89, 90], **base, anneal="strength")
+    assert rising == pytest.approx({0: 0.0, 5: 0.5, 10: 1.0, 20: 2.0, 89: 2.0, 90: 0.0}, abs=1e-5)
+    # with v0 = 0.25 and v1 = 0.5 the share of the spike counts: λ falls from 0.5 to 0.05
+    wide = dict(before=0.2, after=0.1, spike=0.25, slab=0.5, slab_share=0.5, slab_last=0.1)
+    falling = _stepped([0, 20, 89], **wide)
+
+    def pull(slab_share: float) -> float:
+        narrow, broad = (1 - slab_share) / 0.25**0.5 * math.exp(-2), slab_share / 0.5**0.5 * math.exp(-1)
+        return (4 * narrow + 2 * broad) / (narrow + broad)
+
+    assert falling == pytest.approx({0: pull(0.5), 20: pull(0.5), 89: pull(0.05)}, rel=1e-5)
+
+
+def test_a_callback_starts_anew(tmp_path: Path) -> None:
+    pruning = Pruning(0.5, PruningSettings(score="movement", interval=1))
+    for _ in range(2):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+        )
+        Trainer(tiny_model("bert"), arguments, train_dataset=_rows("bert"), callbacks=[pruning]).train()  # type: ignore[arg-type]
+        assert pruning.history[0]["sparsity"] == pytest.approx(0.3, abs=1e-3)
+        assert len(pruning.history) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 500}, "unset load_best_model_at_end"),
+        ({"fsdp": "full_shard"}, "train without DeepSpeed and FSDP"),
+    ],
+)
+def test_trainers_that_would_end_otherwise(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, report_to="none")
+    for name, value in options.items():
+        setattr(arguments, name, value)
+    with pytest.raises(SecateurError, match=message):
+        Pruning(0.5).on_train_begin(arguments, TrainerState(), TrainerControl(), model=tiny_model("bert"))
+
+
+@pytest.mark.parametrize("typo", [{"score": "mgpp"}, {"anneal": "slabs"}, {"before": -1}, {"floor": 7.0}])
+def test_settings_of_the_callback_are_checked(typo: dict[str, Any]) -> None:
+    with pytest.raises(SecateurError, match=f"pruning: {next(iter(typo))} is"):
+        PruningSettings(**typo)
+
+
+def test_a_trainer_with_a_loss_of_its_own_evaluates_and_logs(tmp_path: Path) -> None:
+    logged: list[dict[str, Any]] = []
+
+    class Writer(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            logged.append(dict(logs))
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no"
+    )
+    trainer = secateur.CompressionTrainer(
+        tiny_model("bert"), arguments, train_dataset=_rows("bert"), eval_dataset=_rows("bert"), callbacks=[Writer()],
+        objective=distilled(tiny_model("bert"), 0.5), pruning=Pruning(0.5, PruningSettings(interval=1)),  # type: ignore[arg-type]
+    )  # fmt: skip
+    trainer.train()
+    assert any("sparsity" in row and "spike_over_lr" in row for row in logged)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_structured_methods_take_no_sparsity() -> None:
     with pytest.raises(InvalidBudget, match="optin takes no 'sparsity' budget"):
         compress(tiny_model("bert"), "optin", task=tiny_task(), tokenizer=tiny_tokenizer(), budget="sparsity>=50%")
@@ -403,5 +556,7 @@ def test_structured_methods_take_no_sparsity() -> None:
 def test_no_rows_to_train_on(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, report_to="none")
     pruning = Pruning(0.5, examples=0)
+    with pytest.raises(InvalidData, match="give Pruning\\(examples=\\)"):
+        Pruning(0.5).on_train_begin(arguments, TrainerState(), TrainerControl(), model=tiny_model("bert"))
     with pytest.raises(InvalidData, match="needs training rows: there are none"):
         Trainer(tiny_model("bert"), arguments, train_dataset=_rows("bert"), callbacks=[pruning]).train()  # type: ignore[arg-type]

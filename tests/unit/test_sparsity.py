@@ -175,6 +175,14 @@ def test_blocks_go_by_the_root_of_their_mean_square() -> None:
     assert Blocks(3, 2).fits(weight.shape) is False
 
 
+def test_units_with_negative_scores_go_first() -> None:
+    """As movement has them: weights that training draws to zero."""
+    score = torch.tensor([[-10.0, -10, 1, 1], [-10, -10, 1, 1]])
+    torch.testing.assert_close(Blocks(2, 2).units(score), torch.tensor([[-10.0, 1]]))
+    runs = torch.tensor([[-10.0, -9, 5, 6, -1, -0.5, 5, 6]])
+    torch.testing.assert_close(NofM(2, 4).units(runs), torch.tensor([[-(181**0.5), -(1.25**0.5)]]))
+
+
 def test_two_of_four() -> None:
     weight = torch.tensor([[1.0, 2, 3, 4, 8, 7, 6, 5]])
     pattern = NofM(2, 4)

@@ -51,11 +51,11 @@ def test_column_attention_weighted_by_values() -> None:
 
 def test_few_queries_of_long_examples_are_spread_or_at_the_end() -> None:
     lengths = torch.tensor([13, 3, 2])
-    assert asking(lengths, 3).tolist() == [[0, 4, 8], [0, 1, 2], [0, 1, -1]]
-    assert asking(lengths, 3, causal=True).tolist() == [[10, 11, 12], [0, 1, 2], [0, 1, -1]]
+    assert asking(lengths, 3, tokens=13).tolist() == [[0, 4, 8], [0, 1, 2], [0, 1, -1]]
+    assert asking(lengths, 3, tokens=13, causal=True).tolist() == [[10, 11, 12], [0, 1, 2], [0, 1, -1]]
     # up to four times as many are all asked
-    assert asking(torch.tensor([12]), 3).tolist() == [list(range(12))]
-    assert asking(torch.tensor([12]), 3, causal=True).tolist() == [list(range(12))]
+    assert asking(torch.tensor([12]), 3, tokens=12).tolist() == [list(range(12))]
+    assert asking(torch.tensor([12]), 3, tokens=12, causal=True).tolist() == [list(range(12))]
 
 
 def test_column_attention_of_few_queries() -> None:

@@ -62,9 +62,11 @@ def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False)
 
 
 def merge(edits: Sequence[Edit]) -> list[Edit]:
-    """The same change with neighbouring slices joined into one."""
+    """The same change with neighbouring slices joined into one, and each sparse weight stored in one way, the last."""
     merged: list[Edit] = []
     for edit in edits:
+        if isinstance(edit, Sparsify):
+            merged = [left for one in merged if (left := one.without(edit.kept) if isinstance(one, Sparsify) else one)]
         last = merged[-1] if merged else None
         if isinstance(edit, Slice) and isinstance(last, Slice):
             merged[-1:] = [Slice(last.subnetwork.then(edit.subnetwork))]

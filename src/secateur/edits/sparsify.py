@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import InvalidModel, SecateurError
 from secateur.sparsity.storage import Values, blocks_of, decode, encode
@@ -42,18 +45,24 @@ class Sparsify:
         """Check that the model has the weights: zeros need nothing else to work.
 
         Raises:
-            SecateurError: a weight is missing, or does not divide into blocks.
+            SecateurError: a weight is missing.
         """
         named = dict(base_of(model)[0].named_parameters())
         for name in self.kept:
-            shape = named[name].shape if name in named else ()
-            if len(shape) != 2 or shape[0] % self.block[0] or shape[1] % self.block[1]:
-                raise SecateurError(f"The model has no weight '{name}' that divides into {self.block} blocks.")
+            if name not in named or named[name].dim() != 2:
+                raise SecateurError(f"The model has no matrix '{name}'.")
 
     def present(self, model: nn.Module) -> Sparsify:
-        """The edit with as many blocks as are not zero now."""
+        """The edit with as many blocks as are not zero now; of single weights, if a slice left no whole blocks."""
         named = dict(base_of(model)[0].named_parameters())
-        return sparsified({name: named[name] for name in self.kept}, self.values, self.block)
+        whole = all(n % b == 0 for name in self.kept for n, b in zip(named[name].shape, self.block, strict=True))
+        block = self.block if whole else (1, 1)
+        return Sparsify({name: _blocks_there(named[name], block) for name in self.kept}, self.values, block)
+
+    def without(self, names: Collection[str]) -> Sparsify | None:
+        """The edit for other weights than these; None if there are none."""
+        kept = {name: count for name, count in self.kept.items() if name not in names}
+        return Sparsify(kept, self.values, self.block) if kept else None
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, "kept": dict(self.kept), "values": self.values, "block": list(self.block)}
@@ -135,20 +144,47 @@ _SHAPE = "_secateur_shape"
 
 
 def sparsified(weights: dict[str, nn.Parameter], values: Values = "fp32", block: tuple[int, int] = (1, 1)) -> Sparsify:
-    """The edit for weights as they are."""
-    counts = {name: int(blocks_of(w.detach(), block).ne(0).any(dim=1).sum()) for name, w in weights.items()}
-    return Sparsify(counts, values, block)
+    """The edit for weights, which are rounded in place to what will be stored.
+
+    Args:
+        weights: by name in the base model.
+        values: how values are stored.
+        block: rows × columns that are zero together.
+
+    Raises:
+        SecateurError: a weight does not divide into blocks.
+    """
+    for name, weight in weights.items():
+        rows, columns = weight.shape
+        if rows % block[0] or columns % block[1]:
+            raise SecateurError(f"{name} is {rows} x {columns} and does not divide into blocks of {block}.")
+        if values != "fp32":
+            parts = encode(weight.detach(), values, block)
+            weight.data.copy_(decode(parts, (rows, columns), weight.dtype, block))
+    return Sparsify({name: _blocks_there(weight, block) for name, weight in weights.items()}, values, block)
 
 
-def hold_zeros(model: nn.Module) -> None:
+def hold_zeros(model: nn.Module, names: Collection[str] | None = None) -> list[RemovableHandle]:
     """Keep zeros at zero while a model is trained further: their gradients are 0 from now on.
 
     A fresh optimiser, with or without weight decay, then never moves them.
 
     Args:
-        model: a model of a known family; zeros among the weights of its layers' linear maps are held.
+        model: a model of a known family.
+        names: weights in the base model; those of all linear maps of the layers if None.
+
+    Returns:
+        Handles: `remove()` lets the zeros go.
     """
-    weights = prunable(model)
-    for weight in weights.values():
-        mask = weight.detach().ne(0)
-        weight.register_hook(lambda grad, mask=mask: grad * mask)
+    found = prunable(model)
+    masks = {name: weight.detach().ne(0) for name, weight in found.items() if names is None or name in names}
+
+    def held(name: str, grad: Tensor) -> Tensor:
+        masks[name] = masks[name].to(grad.device)  # a trainer may have moved the model in between
+        return grad * masks[name]
+
+    return [found[name].register_hook(partial(held, name)) for name in masks]
+
+
+def _blocks_there(weight: Tensor, block: tuple[int, int]) -> int:
+    return int(blocks_of(weight.detach(), block).ne(0).any(dim=1).sum())

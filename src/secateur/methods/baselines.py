@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from secateur.checks import check_fields
 from secateur.costs.analytic import LinearCost, params
 from secateur.prune import prune
-from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome, check_fields
+from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome
 from secateur.scores.baselines import local_scores, magnitude_scores, random_scores
 from secateur.subnetwork import UnitScores
 

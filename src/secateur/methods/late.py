@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from secateur import hub
+from secateur.checks import check_fields, check_shares
 from secateur.costs.analytic import macs, params
 from secateur.costs.budget import Term
 from secateur.costs.dial import alpha_for_latency
@@ -26,7 +27,7 @@ from secateur.edits.tokens import Dial, dial_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
 from secateur.progress import progress
-from secateur.run import Job, Outcome, check_fields
+from secateur.run import Job, Outcome
 from secateur.search.tokens import SHARES, Changes, relative_change
 from secateur.subnetwork import SubNetwork
 from secateur.tokens.handover import is_causal
@@ -95,12 +96,8 @@ class Late:
         check_fields(self)
         if self.train_speedup <= 1:
             raise SecateurError(f"late: train_speedup is above 1, not {self.train_speedup:g}.")
-        for name in ("ramp", "distill", "rho", "least"):
-            if getattr(self, name) > 1:
-                raise SecateurError(f"late: {name} is a share, from 0 to 1, not {getattr(self, name):g}.")
-        for name in ("beta", "dropout"):
-            if (getattr(self, name) or 0) >= 1:
-                raise SecateurError(f"late: {name} is a share, from 0 to below 1, not {getattr(self, name):g}.")
+        check_shares(self, "ramp", "distill", "rho", "least")
+        check_shares(self, "beta", "dropout", below=True)
         if self.least == 0:
             raise SecateurError("late: least is above 0: some tokens go on.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from secateur import hub
+from secateur.checks import check_shares
 from secateur.costs.analytic import macs, params
 from secateur.edits.sparsify import sparsified
-from secateur.errors import SecateurError
-from secateur.run import Job, Outcome, check_fields
+from secateur.errors import InvalidBudget
+from secateur.run import Job, Outcome
 from secateur.sparsity.selection import Blocks, pattern_of
 from secateur.sparsity.storage import Values
 from secateur.sparsity.weights import prunable, turned
@@ -52,23 +54,15 @@ class Mgpp(PruningSettings):
     cuts_units: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("floor", "initial", "before", "after", "slab_last", "memory", "doubt", "distill"):
-            if getattr(self, name) > 1:
-                raise SecateurError(f"mgpp: {name} is a share, from 0 to 1, not {getattr(self, name):g}.")
-        if (self.dropout or 0) >= 1 or self.beta2 >= 1:
-            raise SecateurError("mgpp: dropout and beta2 lie between 0 and below 1.")
-        pattern_of(self.pattern)
-        self.prior()
+        super().__post_init__()
+        check_shares(self, "distill")
+        check_shares(self, "dropout", "beta2", below=True)
 
     def run(self, job: Job) -> Outcome:
         """Train and prune; the weights that went are stored as zeros that cost one bit each."""
         share = next(c.term.share for c in job.constraints if c.kind == "sparsity" and c.term)
         model = copy.deepcopy(job.model)
-        pattern, weights = pattern_of(self.pattern), prunable(model, self.weights)
-        units = sum(weight.numel() // pattern.size for weight in weights.values())
-        # the unit at the threshold stays, so one more is asked for
-        pruning = Pruning(share if share >= pattern.most else min(share + 2 / units, pattern.most), self)
+        pruning = Pruning(self._aim(model, share), self)
         trained = job.run.tensors("train", lambda: self._train(model, job, pruning))
         model.load_state_dict(trained)
         nn.Module.to(model, job.model.device)
@@ -76,13 +70,31 @@ class Mgpp(PruningSettings):
         edit = sparsified(pruned, self.values, self._block(model, next(iter(pruned))))
         hub.attach(model.eval(), [edit])
         full = SubNetwork.full(model)
-        zeros = sum(int((weight == 0).sum()) for weight in pruned.values())
         counted = {
             "macs": macs(model, job.batch, job.tokens).of(full),
             "params": params(model).of(full),
-            "map_params": sum(weight.numel() for weight in pruned.values()) - zeros,
+            "map_params": float(sum(int(weight.count_nonzero()) for weight in prunable(model).values())),
         }
         return Outcome(model, hub.edits_of(model), full, predicted=counted)
+
+    def _aim(self, model: PreTrainedModel, share: float) -> float:
+        """The sparsity of the weights that may go, for one of all maps; found before anything is trained.
+
+        Raises:
+            InvalidBudget: it is out of reach.
+        """
+        pattern, weights = pattern_of(self.pattern), prunable(model, self.weights)
+        count = sum(weight.numel() for weight in weights.values())
+        wanted = share * sum(weight.numel() for weight in prunable(model).values()) / count
+        most = pattern.most if pattern.most < 1 else 1 - self.floor
+        if wanted > most + 1e-9:
+            nearest = math.floor(1e4 * share * most / wanted) / 1e4
+            raise InvalidBudget(
+                f"sparsity>={share:g} is out of reach: of the {count:,} weights that may go, a share of {most:g} can "
+                f"(see weights, pattern and floor). The nearest feasible budget is sparsity>={nearest:g}."
+            )
+        # the unit at the threshold stays, so one more is asked for
+        return min(wanted + (0 if wanted > most - 1e-9 else 2 * pattern.size / count), most)
 
     def _block(self, model: PreTrainedModel, name: str) -> tuple[int, int]:
         """Rows and columns that are zero together in the weights as they are stored."""

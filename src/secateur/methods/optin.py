@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from secateur.checks import check_fields
 from secateur.errors import SecateurError
 from secateur.prune import Tune, pack_units, prune, search, tune_mode, unpack_units
-from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome, check_fields
+from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome
 from secateur.scores.exact import exact_scores
 from secateur.scores.probes import probe_scores
 from secateur.scores.trajectory import (

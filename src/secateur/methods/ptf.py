@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.checks import check_fields
 from secateur.prune import Tune, pack_units, prune, tune_mode, unpack_units
-from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome, check_fields
+from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome
 from secateur.scores.fisher import fisher_scores
 from secateur.scores.trajectory import UnitGradients
 

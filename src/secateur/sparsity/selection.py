@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -26,9 +26,9 @@ def kth_smallest(tensors: Sequence[Tensor], k: int) -> float:
     """
     if not 1 <= k <= sum(tensor.numel() for tensor in tensors):
         raise SecateurError(f"There is no {k}th of {sum(tensor.numel() for tensor in tensors)} values.")
-    keys = [_ordered(tensor) for tensor in tensors]
-    high, before = _bin([key >> 16 for key in keys], k, offset=_HALF // 2)
-    lows = [key[(key >> 16) == high - _HALF // 2] & (_HALF - 1) for key in keys]
+    high, before = _bin((_ordered(tensor) >> 16 for tensor in tensors), k, offset=_HALF // 2)
+    keys = (_ordered(tensor) for tensor in tensors)  # once more, so that only one matrix's are there at a time
+    lows = (key[(key >> 16) == high - _HALF // 2] & (_HALF - 1) for key in keys)
     low, _ = _bin(lows, k - before, offset=0)
     found = torch.tensor(((high - _HALF // 2) << 16) | low, dtype=torch.int32)
     return float(_swapped(found).view(torch.float32))
@@ -47,7 +47,7 @@ def _swapped(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _bin(parts: Sequence[Tensor], k: int, offset: int) -> tuple[int, int]:
+def _bin(parts: Iterable[Tensor], k: int, offset: int) -> tuple[int, int]:
     """The bin that holds the k-th value, and how many values lie below it."""
     count = torch.zeros(_HALF, dtype=torch.int64)
     for part in parts:
@@ -92,7 +92,7 @@ class Pattern(Protocol):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of rows × columns, ranked by the root of the mean square; 1 × 1 are single weights."""
+    """Blocks of rows × columns, ranked by the root of the mean (signed) square; 1 × 1 are single weights."""
 
     rows: int = 1
     columns: int = 1
@@ -112,7 +112,7 @@ class Blocks:
         return self.size == 1
 
     def units(self, score: Tensor) -> Tensor:
-        return score if self.single else self._mean(score.square()).sqrt()
+        return score if self.single else _root(self._mean(score * score.abs()))
 
     def squares(self, weight: Tensor) -> Tensor | None:
         """‖w‖² of each weight's block, of the matrix's shape; None for single weights."""
@@ -157,7 +157,7 @@ class NofM:
 
     def units(self, score: Tensor) -> Tensor:
         smallest = self._runs(score).sort(dim=-1).values[..., : self.m - self.n]
-        return smallest.square().sum(dim=-1).sqrt()
+        return _root((smallest * smallest.abs()).sum(dim=-1))
 
     def kept(self, score: Tensor, units: Tensor) -> Tensor:
         order = self._runs(score).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -168,6 +168,11 @@ class NofM:
 
     def _runs(self, score: Tensor) -> Tensor:
         return score.unflatten(1, (-1, self.m))
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The root of signed squares: scores of movement may be negative, and go first."""
+    return squares.sign() * squares.abs().sqrt()
 
 
 def pattern_of(text: str) -> Blocks | NofM:

@@ -56,7 +56,7 @@ def encode(weight: Tensor, values: Values, block: tuple[int, int] = (1, 1)) -> d
     mask = blocks_of(weight, block).ne(0).any(dim=1)
     stored = weight
     if values == "int8":
-        scale = weight.float().abs().amax(dim=1) / 127
+        scale = weight.float().abs().amax(dim=1) / 127 if weight.numel() else weight.new_zeros(len(weight)).float()
         parts["scale"] = scale
         stored = (weight.float() / torch.where(scale == 0, 1, scale)[:, None]).round()
     parts["values"] = blocks_of(stored, block)[mask].reshape(-1).to(DTYPES[values])

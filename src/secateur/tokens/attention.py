@@ -132,23 +132,32 @@ def _block(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    queries = now.selection.queries
-    if real is not None and not torch.compiler.is_exporting() and query.shape[2] <= SHORT * queries:
+    queries, tokens, exporting = now.selection.queries, query.shape[2], torch.compiler.is_exporting()
+    if real is not None and (exporting or tokens <= SHORT * queries):
         probabilities = _probabilities(query, key, mask, scale)
         context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
-        return context.transpose(1, 2), now.score(probabilities, real, value)
+        if not exporting:
+            return context.transpose(1, 2), now.score(probabilities, real, value)
+        places = asking(real.sum(dim=-1), queries, tokens=tokens)  # a graph of every length has one form for all
+        probabilities = probabilities.gather(2, _rows(places).expand(-1, query.shape[1], -1, tokens))
+        return context.transpose(1, 2), now.score(probabilities, real, value, places)
     context = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=None if triangle else mask, dropout_p=dropout, scale=scale, is_causal=triangle
     )
     if real is None:
         return context.transpose(1, 2), None
-    places = asking(real.sum(dim=-1), queries, causal=now.selection.causal)
-    rows = places.clamp_min(0)[:, None, :, None]
+    places = asking(real.sum(dim=-1), queries, tokens=tokens, causal=now.selection.causal)
+    rows = _rows(places)
     asked = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
     if mask is not None and mask.shape[2] > 1:
         mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
     probabilities = _probabilities(asked, key.detach(), mask, scale)
     return context.transpose(1, 2), now.score(probabilities, real, value, places)
+
+
+def _rows(places: Tensor) -> Tensor:
+    """Places of queries, (batch, queries), as an index of rows, (batch, 1, queries, 1)."""
+    return places.clamp_min(0)[:, None, :, None]
 
 
 def _probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ SHORT = 4
 tokens is written out as fast as a fused kernel computes it."""
 
 
-def asking(lengths: Tensor, queries: int, *, causal: bool = False) -> Tensor:
+def asking(lengths: Tensor, queries: int, *, tokens: int, causal: bool = False) -> Tensor:
     """Which queries of each example score its tokens: so many of a long one, all of one up to `SHORT` times as long.
 
     They lie at even distances. In a decoder they are the last ones, which what comes next resembles most (SnapKV,
@@ -33,6 +33,7 @@ def asking(lengths: Tensor, queries: int, *, causal: bool = False) -> Tensor:
     Args:
         lengths: real tokens n of each example, which come first, (batch,).
         queries: so many are asked.
+        tokens: the most that an example may have.
         causal: the last ones.
 
     Returns:
@@ -42,7 +43,7 @@ def asking(lengths: Tensor, queries: int, *, causal: bool = False) -> Tensor:
     long = n > SHORT * queries
     count = torch.where(long, queries, n)
     # a graph may not depend on values
-    width = SHORT * queries if torch.compiler.is_exporting() else int(count.max())
+    width: Any = torch.sym_min(SHORT * queries, tokens) if torch.compiler.is_exporting() else int(count.max())
     steps = torch.arange(width, device=lengths.device)
     places = n - count + steps if causal else torch.where(long, steps * n // queries, steps)
     return torch.where(steps < count, places, -1)

@@ -25,12 +25,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from secateur.edits import Sparsify
+from secateur.edits.sparsify import hold_zeros
 from secateur.errors import InvalidModel
+from secateur.hub import edits_of
 from secateur.progress import Advance
 from secateur.progress import progress as show_progress
 from secateur.tasks.batching import BucketSampler, Encoded, encode, token_limit
 from secateur.tasks.task import Task
 from secateur.train.losses import Objective
+from secateur.train.pruning import Pruning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +119,7 @@ def fit(
     steps = -(-len(rows) // settings.batch_size) * settings.epochs
     with quiet(), show_progress(f"fine-tuning on {task.name}", steps, show=progress) as advance:
         trainer.add_callback(_Progress(advance))
-        with _dropout(model, settings.dropout):
+        with _dropout(model, settings.dropout), _zeros_held(model, callbacks):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     _check_finite(model)
     model.eval()
@@ -153,23 +157,30 @@ class CompressionTrainer(Trainer):
         if pruning is not None:
             kwargs["callbacks"] = [pruning, *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
+        self.pruning = pruning
         self.objective: Objective | None = objective
         if objective is not None:
             self.loss_is_scaled_for_ga = False
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the objective's loss, or the model's own.
+        """Return the objective's loss in training, the model's own without one and in evaluation.
 
         Raises:
-            InvalidModel: it is not finite: nothing can be learned from here on.
+            InvalidModel: it is not finite in training: nothing can be learned from here on.
         """
+        if not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
         if self.objective is None:
             found = super().compute_loss(model, inputs, *args, **kwargs)
         else:
             found = self.objective(model, inputs)
-        if not bool((found[0] if isinstance(found, tuple) else found).isfinite()):
+        if not bool((found[0] if isinstance(found, tuple) else found).isfinite().all()):
             raise _diverged(self.state.global_step)
         return found
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and what pruning found at its last choice."""
+        super().log(logs | (self.pruning.last if isinstance(self.pruning, Pruning) else {}), *args, **kwargs)
 
 
 class BucketTrainer(CompressionTrainer):
@@ -276,6 +287,20 @@ def _arguments(folder: Path, settings: Settings) -> TrainingArguments:
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+@contextmanager
+def _zeros_held(model: nn.Module, callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
+    """Keep the zeros of a sparse model, unless it is pruned further."""
+    sparse = [edit for edit in edits_of(model) if isinstance(edit, Sparsify)]
+    pruned = any(isinstance(callback, Pruning) for callback in callbacks)
+    names = {name for edit in sparse for name in edit.kept}
+    handles = hold_zeros(model, names) if names and not pruned else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from secateur.checks import check_fields, check_shares
 from secateur.errors import InvalidData, SecateurError
 from secateur.sparsity.prior import MixturePrior
 from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_strength
@@ -65,6 +66,16 @@ class PruningSettings:
     memory: float = 0.85
     doubt: float = 0.95
 
+    name: ClassVar[str] = "pruning"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_shares(self, "floor", "initial", "before", "after", "slab_last", "memory", "doubt")
+        if self.slab_last == 0:
+            raise SecateurError(f"{self.name}: slab_last is above 0: the slab keeps a share.")
+        pattern_of(self.pattern)
+        self.prior()
+
     def schedule(self, final: float, steps: int) -> CubicSchedule:
         """The schedule of a run of so many steps.
 
@@ -78,7 +89,8 @@ class PruningSettings:
         """The prior with a probability of the slab; λ if None."""
         pattern = pattern_of(self.pattern)
         group = pattern.size if isinstance(pattern, Blocks) else 1
-        return MixturePrior(slab_share or self.slab_share, self.spike, self.slab, group)
+        share = self.slab_share if slab_share is None else slab_share
+        return MixturePrior(share, self.spike, self.slab, group)
 
 
 class Pruning(TrainerCallback):
@@ -91,15 +103,23 @@ class Pruning(TrainerCallback):
     Args:
         final: the sparsity to end at, of the weights that can go.
         settings: what decides which go.
-        examples: N, the number of training examples; that of the trainer's data if None.
+        examples: N, the number of training examples, which the prior is divided by; that of the trainer's data if None.
+        checkpoint: the folder that training is resumed from, if it is not one of the trainer's own `output_dir`.
 
     Attributes:
         history: at each choice the step, the sparsity reached, the share of weights below the prior's threshold w*, and
             w* over the learning rate: below 1, the prior cannot hold weights at zero.
     """
 
-    def __init__(self, final: float, settings: PruningSettings | None = None, examples: int | None = None) -> None:
+    def __init__(
+        self,
+        final: float,
+        settings: PruningSettings | None = None,
+        examples: int | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> None:
         self.final = final
+        self.checkpoint = checkpoint
         self.settings = settings or PruningSettings()
         self.pattern = pattern_of(self.settings.pattern)
         if not 0 < final < 1:
@@ -108,12 +128,23 @@ class Pruning(TrainerCallback):
             raise SecateurError(
                 f"The pattern {self.pattern.text} reaches a sparsity of {self.pattern.most:g}, not {final:g}."
             )
-        self.settings.prior()
+        if self.pattern.most == 1 and final > 1 - self.settings.floor:
+            raise SecateurError(
+                f"A sparsity of {final:g} is out of reach while each matrix keeps {self.settings.floor:g}: lower floor."
+            )
         self.examples = examples
+        self._reset()
+
+    def _reset(self) -> None:
         self.history: list[dict[str, float]] = []
         self._masks: dict[str, Tensor] = {}
         self._state: dict[str, Tensor] = {}
         self._dense: dict[str, Tensor] = {}
+
+    @property
+    def last(self) -> dict[str, float]:
+        """What was found at the last choice, without its step."""
+        return {key: value for key, value in self.history[-1].items() if key != "step"} if self.history else {}
 
     def on_train_begin(
         self,
@@ -127,12 +158,16 @@ class Pruning(TrainerCallback):
         """Find the weights and the schedule; go on where a checkpoint was written."""
         if model is None:
             raise SecateurError("Pruning needs the model in training: use it with a Trainer.")
-        if self.examples is None:
-            self.examples = len(train_dataloader.dataset)
-        if self.examples < 1:
+        self._check_trainer(args)
+        self._reset()
+        if self.examples is None and self.settings.score == "prior":
+            rows: Any = getattr(train_dataloader, "dataset", None)
+            if not hasattr(rows, "__len__"):
+                raise InvalidData("The prior is divided by the number of training examples: give Pruning(examples=).")
+            self.examples = len(rows)
+        if self.examples is not None and self.examples < 1:
             raise InvalidData("Pruning while training needs training rows: there are none.")
-        if args.fp16 and not args.max_grad_norm:
-            raise SecateurError("Pruning in fp16 needs gradients that were scaled back: set max_grad_norm above 0.")
+        self.scaled = bool(args.fp16)
         self.parameters = prunable(model, self.settings.weights)
         self._turned = {name for name in self.parameters if turned(model, name)}
         for name in self.parameters:
@@ -140,7 +175,16 @@ class Pruning(TrainerCallback):
         self.schedule = self.settings.schedule(self.final, state.max_steps)
         self.begun = int(self.settings.before * state.max_steps)
         if state.global_step > 0:
-            self._resume(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE, state.global_step)
+            self._resume(Path(self.checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}") / STATE)
+
+    def _check_trainer(self, args: TrainingArguments) -> None:
+        """Refuse what would give another result than asked for."""
+        if args.fp16 and not args.max_grad_norm:
+            raise SecateurError("Pruning in fp16 needs gradients that were scaled back: set max_grad_norm above 0.")
+        if args.load_best_model_at_end:
+            raise SecateurError("The best model may be an early one, which is denser: unset load_best_model_at_end.")
+        if args.deepspeed or args.fsdp:
+            raise SecateurError("Pruning reads whole weights and gradients: train without DeepSpeed and FSDP.")
 
     def _rows(self, name: str, tensor: Tensor) -> Tensor:
         """Something of a weight's shape as (out, in), and back."""
@@ -173,8 +217,9 @@ class Pruning(TrainerCallback):
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            if self.settings.score in ("platon", "movement") and step <= self.schedule.end:
-                self._follow(name, parameter, parameter.grad)
+            follows = self.settings.score in ("platon", "movement") and step <= self.schedule.end
+            if follows and not (self.scaled and not bool(parameter.grad.isfinite().all())):  # such a step is skipped
+                self._follow(name, parameter, parameter.grad, step)
             if self.settings.score == "movement" and name in self._masks:
                 parameter.grad.mul_(self._masks[name])
         if self.settings.score == "prior" and step <= self.schedule.end:
@@ -191,7 +236,7 @@ class Pruning(TrainerCallback):
                 continue
             rows, grad = self._rows(name, parameter), self._rows(name, parameter.grad)
             squares = self.pattern.squares(rows) if isinstance(self.pattern, Blocks) else None
-            grad.add_(prior.pull(rows, squares).to(grad.dtype), alpha=strength / self.examples)
+            grad.add_(prior.pull(rows, squares).mul_(strength / self.examples).to(grad.dtype))
 
     def prior_at(self, step: int) -> MixturePrior:
         """The prior at a step."""
@@ -200,18 +245,22 @@ class Pruning(TrainerCallback):
             return chosen.prior()
         return chosen.prior(annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step))
 
-    def _follow(self, name: str, weight: Tensor, grad: Tensor) -> None:
-        """Scores that gather over steps."""
+    def _follow(self, name: str, weight: Tensor, grad: Tensor, step: int) -> None:
+        """Scores that gather over steps: of "platon" over windows of the interval, whose means are then averaged."""
         product = weight.float() * grad.float()
         if self.settings.score == "movement":
-            self._state[f"{name}|score"] = self._state.get(f"{name}|score", torch.zeros_like(product)) - product
+            self._state[f"{name}|score"] = self._state.get(f"{name}|score", 0) - product
             return
-        mean, doubt = f"{name}|mean", f"{name}|doubt"
-        now = product.abs()
-        if mean not in self._state:
-            self._state[mean], self._state[doubt] = torch.zeros_like(now), torch.zeros_like(now)
-        self._state[mean].lerp_(now, 1 - self.settings.memory)
-        self._state[doubt].lerp_((now - self._state[mean]).abs(), 1 - self.settings.doubt)
+        window, steps, mean, doubt = (f"{name}|{kind}" for kind in ("window", "steps", "mean", "doubt"))
+        self._state[window] = self._state.get(window, 0) + product.abs()
+        self._state[steps] = self._state.get(steps, torch.zeros(1)) + 1
+        if step % self.settings.interval and not self.schedule.chooses(step):
+            return
+        now = self._state.pop(window) / float(self._state.pop(steps))
+        nothing = torch.zeros_like(now)
+        self._state[mean] = self._state.get(mean, nothing).lerp(now, 1 - self.settings.memory)
+        spread = (now - self._state[mean]).abs()
+        self._state[doubt] = self._state.get(doubt, nothing).lerp(spread, 1 - self.settings.doubt)
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -241,8 +290,7 @@ class Pruning(TrainerCallback):
             self.parameters[name].data.masked_fill_(~mask, 0)
 
     def _look(self, step: int, optimizer: Any) -> dict[str, float]:
-        masked = {name: mask.float() for name, mask in self._masks.items()}
-        found = {"step": step, "sparsity": round(sparsity(masked), 6)}
+        found = {"step": step, "sparsity": round(sparsity(self._masks), 6)}
         if self.settings.score == "prior":
             prior = self.prior_at(step)
             limit = prior.threshold / prior.group**0.5
@@ -257,12 +305,10 @@ class Pruning(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """What the last choice found, among the trainer's own logs."""
-        if self.history:
-            found = {key: value for key, value in self.history[-1].items() if key != "step"}
-            for kept in (logs, state.log_history[-1] if state.log_history else None):
-                if kept is not None:
-                    kept |= found
+        """What the last choice found, in the trainer's history; `CompressionTrainer` shows it to its writers too."""
+        for kept in (logs, state.log_history[-1] if state.log_history else None):
+            if kept is not None:
+                kept |= self.last
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep scores and masks beside a checkpoint."""
@@ -271,9 +317,11 @@ class Pruning(TrainerCallback):
             kept = {name: tensor.contiguous() for name, tensor in (self._state | masks).items()}
             save_file(kept, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE)
 
-    def _resume(self, file: Path, step: int) -> None:
+    def _resume(self, file: Path) -> None:
         if not file.is_file():
-            raise SecateurError(f"{file.parent} was not written by this pruning run: start anew.")
+            raise SecateurError(
+                f"{file.parent} holds no pruning to go on with: name the folder, Pruning(checkpoint=), or start anew."
+            )
         for key, tensor in load_file(file).items():
             name, _, kind = key.rpartition("|")
             tensor = tensor.to(self.parameters[name].device)
@@ -285,9 +333,9 @@ class Pruning(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the chosen weights to zero once more, and check."""
         self._apply()
-        reached = sparsity(self.parameters)
-        if state.global_step == state.max_steps and reached < self.final - 0.01:
-            raise SecateurError(f"Training ended at a sparsity of {reached:.4f} instead of {self.final:g}.")
+        reached, total = sparsity(self.parameters), sum(weight.numel() for weight in self.parameters.values())
+        if state.global_step == state.max_steps and reached < self.final - 3 * self.pattern.size / total:
+            raise SecateurError(f"Training ended at a sparsity of {reached:.6f} instead of {self.final:g}.")
 
     def sparsities(self) -> dict[str, float]:
         """Share of zeros of each matrix."""
