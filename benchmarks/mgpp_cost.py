@@ -48,6 +48,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--scores", nargs="*", default=["prior", "magnitude", "platon", "movement"])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -56,7 +57,7 @@ def main() -> None:
     model.train()
     args = TrainingArguments("unused", use_cpu=True, report_to="none")
     record: dict[str, Any] = {**setting(), "rows": []}
-    for score in ("prior", "magnitude", "platon", "movement"):
+    for score in arguments.scores:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         state = TrainerState(max_steps=10**6, global_step=0)
         pruning = Pruning(0.9, PruningSettings(score=score, before=0.0, after=0.0, interval=STEPS))  # type: ignore[arg-type]
