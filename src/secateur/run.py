@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from secateur.costs.budget import Constraint
 from secateur.edits import Edit
@@ -22,6 +24,7 @@ from secateur.errors import InvalidData, SecateurError
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Task, batches
 from secateur.tasks.batching import token_limit
+from secateur.train import Settings, distilled, fit
 
 Value = TypeVar("Value")
 
@@ -80,6 +83,36 @@ class Job:
             limit=count * batch_size,
         )
         return [{k: v for k, v in batch.items() if labels or k != "labels"} for batch in data]
+
+    def trained(
+        self, model: PreTrainedModel, settings: Settings, callback: TrainerCallback, distill: float
+    ) -> dict[str, Tensor]:
+        """Train a model in place, with checkpoints in the run's folder, if it has one.
+
+        Args:
+            model: a changed copy of the job's.
+            settings: what decides the result.
+            callback: what compresses it meanwhile.
+            distill: weight of the distance to the job's model in the loss.
+
+        Returns:
+            The weights at the end, by name.
+        """
+        objective = distilled(copy.deepcopy(self.model), distill) if distill else None
+        set_seed(self.seed)
+        with tempfile.TemporaryDirectory() as spare:
+            folder = Path(spare) if self.run.folder is None else self.run.folder / "training"
+            fit(
+                model,
+                self.tokenizer,
+                self.task,
+                folder,
+                settings,
+                objective=objective,
+                callbacks=[callback],
+                progress=self.show,
+            )
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 @dataclass

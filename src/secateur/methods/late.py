@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur import hub
 from secateur.checks import check_fields, check_shares
@@ -33,7 +31,7 @@ from secateur.subnetwork import SubNetwork
 from secateur.tokens.handover import is_causal
 from secateur.tokens.scores import Acc, Weighting, context_size, profile
 from secateur.tokens.state import Pass
-from secateur.train import Settings, bf16_pays, distilled, fit
+from secateur.train import Settings, bf16_pays
 
 
 @dataclass
@@ -227,21 +225,7 @@ class Late:
             bf16=bf16_pays(),
         )
         turning = Turning(dial_of(model), goal, self.ramp, self.sandwich, job.seed)
-        objective = distilled(copy.deepcopy(job.model), self.distill) if self.distill else None
-        set_seed(job.seed)
-        with tempfile.TemporaryDirectory() as spare:
-            folder = Path(spare) if job.run.folder is None else job.run.folder / "training"
-            fit(
-                model,
-                job.tokenizer,
-                job.task,
-                folder,
-                settings,
-                objective=objective,
-                callbacks=[turning],
-                progress=job.show,
-            )
-        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return job.trained(model, settings, turning, self.distill)
 
 
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]]) -> Tensor:

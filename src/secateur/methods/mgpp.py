@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from secateur import hub
 from secateur.checks import check_shares
@@ -22,7 +20,7 @@ from secateur.sparsity.selection import Blocks, pattern_of
 from secateur.sparsity.storage import Values
 from secateur.sparsity.weights import prunable, turned
 from secateur.subnetwork import SubNetwork
-from secateur.train import Pruning, PruningSettings, Settings, bf16_pays, distilled, fit
+from secateur.train import Pruning, PruningSettings, Settings, bf16_pays
 
 
 @dataclass
@@ -118,18 +116,4 @@ class Mgpp(PruningSettings):
             beta2=self.beta2,
             eps=self.eps,
         )
-        objective = distilled(copy.deepcopy(job.model), self.distill) if self.distill else None
-        set_seed(job.seed)
-        with tempfile.TemporaryDirectory() as spare:
-            folder = Path(spare) if job.run.folder is None else job.run.folder / "training"
-            fit(
-                model,
-                job.tokenizer,
-                job.task,
-                folder,
-                settings,
-                objective=objective,
-                callbacks=[pruning],
-                progress=job.show,
-            )
-        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return job.trained(model, settings, pruning, self.distill)
