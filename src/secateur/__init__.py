@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.methods.optin import Optin
     from secateur.methods.ptf import Ptf
     from secateur.results import Result
+    from secateur.runtime import choose_kernels
     from secateur.subnetwork import SubNetwork
     from secateur.tasks import Task, load_task
     from secateur.train import CompressionTrainer, Pruning, PruningSettings
@@ -42,6 +43,7 @@ _HOME = {
     "SubNetwork": "subnetwork",
     "Task": "tasks",
     "apply_edits": "edits",
+    "choose_kernels": "runtime",
     "compress": "api",
     "dial": "api",
     "evaluate": "api",
@@ -68,6 +70,7 @@ __all__ = [
     "Task",
     "__version__",
     "apply_edits",
+    "choose_kernels",
     "compress",
     "dial",
     "evaluate",

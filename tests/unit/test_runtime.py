@@ -1,0 +1,162 @@
+"""Kernels that skip zeros agree with the dense product, and are taken where they were measured to be faster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+import secateur
+from secateur.errors import SecateurError
+from secateur.runtime import choice
+from secateur.runtime.choice import Choice, SparseLinear
+from secateur.runtime.kernels import BlockKernel, CsrKernel
+from secateur.sparsity.weights import prunable
+from tests.conftest import tiny_batch, tiny_model
+
+BLOCK = (4, 2)
+
+
+def blocky(out: int, inputs: int, share: float, seed: int = 0) -> Tensor:
+    """A matrix in which whole blocks are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    there = torch.rand(out // BLOCK[0], inputs // BLOCK[1], generator=generator) >= share
+    spread = there.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
+    return torch.randn(out, inputs, generator=generator) * spread
+
+
+def sparse_model(family: str = "bert") -> Any:
+    """A tiny model with three quarters of its blocks at zero."""
+    model: Any = tiny_model(family)
+    for seed, weight in enumerate(prunable(model).values()):
+        weight.data.mul_(blocky(*weight.shape, share=0.75, seed=seed).ne(0))
+    return secateur.sparsify(model, block=BLOCK)
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let measuring find what a test says: milliseconds by kernel."""
+
+    def say(**milliseconds: float) -> None:
+        def sample(runners: Mapping[str, Callable[[], object]], *_: Any) -> dict[str, list[float]]:
+            for runner in runners.values():
+                runner()
+            return {name: [milliseconds.get(name, 9.0)] for name in runners}
+
+        monkeypatch.setattr(choice, "sample", sample)
+
+    return say
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_kernels_agree_with_the_dense_product(rows: int, share: float, bias: bool) -> None:
+    weight, x = blocky(12, 8, share), torch.randn(rows, 8)
+    added = torch.randn(12) if bias else None
+    wanted = nn.functional.linear(x, weight, added)
+    for kernel in (CsrKernel(weight), BlockKernel(weight, BLOCK)):
+        found = kernel(x, added)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_block_kernel_by_hand() -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
+    kernel = BlockKernel(weight, (1, 2))
+    assert kernel.values.tolist() == [[[1, 2]], [[0, -1]]]
+    assert (kernel.source.tolist(), kernel.target.tolist()) == ([0, 1], [0, 1])
+    assert kernel(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), torch.tensor([0.5, 0.0])).tolist() == [[21.5, -1000]]
+
+
+def test_another_kernel_has_to_win_clearly() -> None:
+    times = {8: {"dense": 1.0, "csr": 0.5}, 32: {"dense": 1.0, "csr": 0.96}, 128: {"dense": 1.0, "csr": 2.0}}
+    found = Choice(("w",), (4, 4), 0.9, 1, times)
+    assert found.kernels == {8: "csr", 32: "dense", 128: "dense"}
+    assert found.to_dict()["kernels"] == found.kernels
+
+
+@pytest.mark.parametrize("kernel", ["csr", "block"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "distilbert", "deberta-v2", "modernbert", "electra", "bart", "t5", "vit"]
+)
+def test_a_model_computes_the_same(family: str, kernel: str, faster: Callable[..., None]) -> None:
+    model, batch = sparse_model(family).eval(), tiny_batch(family)
+    with torch.inference_mode():
+        before = model(**batch)[0]
+        faster(dense=1.0, **{kernel: 0.5})
+        found = secateur.choose_kernels(model)
+        after = model(**batch)[0]
+    assert {name for one in found for name in one.kernels.values()} == {kernel}
+    assert {name for one in found for name in one.maps} == set(prunable(model))
+    taken = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(taken) == len(prunable(model))
+    assert all(set(module.made[1]) == {kernel} for module in taken), "every map ran"
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_faster_stays_dense(faster: Callable[..., None]) -> None:
+    model = sparse_model()
+    faster(dense=1.0, csr=0.5)
+    secateur.choose_kernels(model)
+    faster(dense=1.0, csr=1.0, block=1.0)
+    secateur.choose_kernels(model)
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    assert type(model.bert.encoder.layer[0].attention.self.query) is nn.Linear
+
+
+def test_rows_beyond_those_measured_are_multiplied_densely(faster: Callable[..., None]) -> None:
+    model = sparse_model()
+    faster(dense=1.0, csr=0.5)
+    secateur.choose_kernels(model, rows=(4, 16))
+    query = model.bert.encoder.layer[0].attention.self.query
+    with torch.inference_mode():
+        named = [query._name(torch.zeros(1, rows, query.in_features)) for rows in (0, 1, 4, 16, 17)]
+    assert named == [None, "csr", "csr", "csr", None]
+
+
+def test_training_and_traces_stay_dense_and_later_weights_count(faster: Callable[..., None], tmp_path: Path) -> None:
+    model, batch = sparse_model(), tiny_batch("bert")
+    faster(dense=1.0, csr=0.5)
+    secateur.choose_kernels(model)
+    query = model.bert.encoder.layer[0].attention.self.query
+    model(**batch)[0].sum().backward()
+    assert query.weight.grad is not None
+    assert query.made[0] is None, "with gradients no kernel is made"
+    with torch.no_grad():
+        model.eval()(**batch)
+        for weight in prunable(model).values():
+            weight.mul_(2)
+        found = model(**batch)[0]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    copied = copy.deepcopy(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(found, again(**batch)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, copied(**batch)[0], rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert query._name(torch.zeros(1, query.in_features)) is None
+        assert torch.isfinite(copied.bfloat16()(**batch)[0]).all()
+    exported = torch.export.export(model, (), batch)
+    with torch.inference_mode():
+        torch.testing.assert_close(exported.module()(**batch)[0], found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "message"),
+    [
+        (lambda model: model, (0,), "from 1"),
+        (lambda model: model, (), "from 1"),
+        (lambda model: model.bfloat16(), (8,), "float32"),
+        (lambda model: tiny_model("bert"), (8,), "prune it first"),
+    ],
+)
+def test_bad_input(change: Callable[[Any], Any], rows: tuple[int, ...], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        secateur.choose_kernels(change(sparse_model()), rows)
