@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from secateur.api import compress, dial, evaluate, export, finetune, measure
     from secateur.edits import DropTokens, Slice, apply_edits
     from secateur.edits.sparsify import hold_zeros
-    from secateur.hub import sparsify
     from secateur.methods.late import Late
     from secateur.methods.mgpp import Mgpp
     from secateur.methods.optin import Optin
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.subnetwork import SubNetwork
     from secateur.tasks import Task, load_task
     from secateur.train import CompressionTrainer, Pruning, PruningSettings
+    from secateur.zeros import slice_zeros, sparsify
 
 __version__ = "0.1.0"
 
@@ -52,7 +52,8 @@ _HOME = {
     "hold_zeros": "edits.sparsify",
     "load_task": "tasks",
     "measure": "api",
-    "sparsify": "hub",
+    "slice_zeros": "zeros",
+    "sparsify": "zeros",
 }
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "hold_zeros",
     "load_task",
     "measure",
+    "slice_zeros",
     "sparsify",
 ]
 

@@ -33,12 +33,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.edits import Edit, Sparsify, apply_edits, edits_from_dicts, merge
-from secateur.edits.sparsify import sparsified
 from secateur.edits.tokens import ATTRIBUTE
 from secateur.errors import InvalidModel, SecateurError
 from secateur.families import sites
-from secateur.sparsity.storage import Values
-from secateur.sparsity.weights import prunable
 
 QUANT_METHOD = "secateur"
 FORMAT_VERSION = 1
@@ -222,21 +219,6 @@ def attach(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
     quantizer.postprocess_model(model)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
-
-
-def sparsify(model: PreTrainedModel, values: Values = "fp32", block: tuple[int, int] = (1, 1)) -> PreTrainedModel:
-    """Let `save_pretrained` store the zeros of a model's linear maps as bits.
-
-    Args:
-        model: a model of a known family, pruned by whatever means; it is changed in place.
-        values: how the other weights are stored: "fp32", "bf16" or "int8".
-        block: rows × columns that are zero together.
-
-    Returns:
-        The same model.
-    """
-    attach(model, [sparsified(prunable(model), values, block)])
-    return model
 
 
 def open_model(

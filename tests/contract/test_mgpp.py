@@ -98,6 +98,34 @@ def test_scores_and_patterns(score: str, pattern: str, share: float) -> None:
             assert int(weight.detach().ne(0).unflatten(1, (-1, 4)).sum(dim=-1).max()) <= 2
 
 
+@pytest.mark.parametrize(("pattern", "score"), [("units", "prior"), ("neurons", "movement"), ("heads", "platon")])
+def test_whole_units_are_cut_out(pattern: str, score: str, tmp_path: Path) -> None:
+    share = {"units": 0.5, "neurons": 0.35, "heads": 0.2}[pattern]
+    method = secateur.Mgpp(**MGPP, score=score, pattern=pattern)  # type: ignore[arg-type]
+    result = compress(
+        tiny_model("bert"),
+        method,
+        task=tiny_task(),
+        tokenizer=tiny_tokenizer(),
+        budget=f"sparsity>={share}",
+        out=tmp_path / "out",
+    )
+    (term,) = result.budget["terms"]
+    assert term["met"]
+    assert share <= term["reached"] <= share + 0.1
+    assert [edit["type"] for edit in result.edits] == ["slice"]
+    assert result.after.macs < result.before.macs
+    gone = 1 - sum(w.numel() for w in prunable(result.model).values()) / sum(
+        w.numel() for w in prunable(tiny_model("bert")).values()
+    )
+    assert term["reached"] == pytest.approx(gone)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    wanted = result.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
+    with pytest.raises(SecateurError, match="leave values out"):
+        secateur.Mgpp(pattern=pattern, values="int8")
+
+
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])
 def test_values_are_stored_narrower(values: str, tmp_path: Path) -> None:
     model = sparse_bert(0.9, values)

@@ -10,7 +10,7 @@ import torch
 from secateur.errors import InvalidModel, SecateurError
 from secateur.sparsity.prior import MixturePrior
 from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_strength
-from secateur.sparsity.selection import Blocks, NofM, choose, kth_smallest, pattern_of
+from secateur.sparsity.selection import Blocks, NofM, Units, choose, kth_smallest, pattern_of
 from secateur.sparsity.storage import decode, encode, packed_bits, unpacked_bits
 
 SINGLE = Blocks()
@@ -169,7 +169,7 @@ def test_blocks_go_by_the_root_of_their_mean_square() -> None:
     weight = torch.tensor([[3.0, 0, 1, 1], [0, 4, 1, 1], [0, 0, 0, 2], [0, 0, 0, 0]])
     blocks = Blocks(2, 2)
     torch.testing.assert_close(blocks.units(weight), torch.tensor([[2.5, 1], [0, 1]]))
-    torch.testing.assert_close(blocks.squares(weight)[:, [0, 2]], torch.tensor([[25.0, 4], [25, 4], [0, 4], [0, 4]]))  # type: ignore[index]
+    torch.testing.assert_close(blocks.squares(weight)[:, [0, 2]], torch.tensor([[25.0, 4], [25, 4], [0, 4], [0, 4]]))
     (mask,) = choose([weight], 0.5, blocks)
     assert mask.tolist() == [[True] * 4] * 2 + [[False, False, True, True]] * 2
     assert Blocks(3, 2).fits(weight.shape) is False
@@ -205,6 +205,8 @@ def test_patterns_by_name() -> None:
     assert pattern_of("16x4") == Blocks(16, 4)
     assert pattern_of("2:4") == NofM(2, 4)
     assert (pattern_of("1x1").most, pattern_of("2:4").most) == (1.0, 0.5)
+    assert pattern_of("heads") == Units("heads")
+    assert pattern_of("units").kinds == ("heads", "neurons")  # type: ignore[union-attr]
 
 
 def test_bits_are_packed_from_the_lowest() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from secateur.errors import InvalidModel, SecateurError
-from secateur.families import axis, sites, weight_of
+from secateur.families import axis, output_weight, sites, weight_of
 from secateur.quirks import after_slice, shorten, unit_index
 from secateur.subnetwork import SubNetwork
 
@@ -66,3 +67,18 @@ class Slice:
             return cls(SubNetwork.from_dict({key: value for key, value in data.items() if key != "type"}))
         except (SecateurError, TypeError) as error:
             raise InvalidModel(f"config.json: the slice edit cannot be read: {error}") from None
+
+
+def nonzero_units(model: nn.Module) -> SubNetwork:
+    """The heads and neurons that do anything: those whose weights out of the unit are not all zero.
+
+    Masked equals sliced: a unit without them adds nothing to the model's output, whatever its biases.
+    """
+    found = sites(model)
+    there = [
+        output_weight(site).detach().unflatten(1, (site.units, site.width)).ne(0).any(dim=2).any(dim=0)
+        if site.units
+        else torch.ones(0)
+        for site in found
+    ]
+    return SubNetwork.from_masks(there[: len(found.heads)], there[len(found.heads) :])

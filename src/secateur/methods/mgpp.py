@@ -13,14 +13,17 @@ from transformers import PreTrainedModel
 from secateur import hub
 from secateur.checks import check_shares
 from secateur.costs.analytic import macs, params
+from secateur.edits.slice import nonzero_units
 from secateur.edits.sparsify import sparsified
-from secateur.errors import InvalidBudget
+from secateur.errors import InvalidBudget, SecateurError
 from secateur.run import Job, Outcome
-from secateur.sparsity.selection import Blocks, pattern_of
+from secateur.sparsity.groups import kinds_of
+from secateur.sparsity.selection import Blocks, Units, pattern_of
 from secateur.sparsity.storage import Values
 from secateur.sparsity.weights import prunable, turned
 from secateur.subnetwork import SubNetwork
 from secateur.train import Pruning, PruningSettings, Settings, bf16_pays
+from secateur.zeros import slice_zeros
 
 
 @dataclass
@@ -55,25 +58,36 @@ class Mgpp(PruningSettings):
         super().__post_init__()
         check_shares(self, "distill")
         check_shares(self, "dropout", "beta2", below=True)
+        if self._cuts and self.values != "fp32":
+            raise SecateurError(f"mgpp: {self.pattern} are cut out and nothing is stored apart: leave values out.")
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether whole heads or neurons go."""
+        return isinstance(pattern_of(self.pattern), Units)
 
     def run(self, job: Job) -> Outcome:
-        """Train and prune; the weights that went are stored as zeros that cost one bit each."""
+        """Train and prune. Heads and neurons that went are cut out, other zeros are stored as one bit each."""
         share = next(c.term.share for c in job.constraints if c.kind == "sparsity" and c.term)
         model = copy.deepcopy(job.model)
         pruning = Pruning(self._aim(model, share), self)
         trained = job.run.tensors("train", lambda: self._train(model, job, pruning))
         model.load_state_dict(trained)
         nn.Module.to(model, job.model.device)
-        pruned = prunable(model, self.weights)
-        edit = sparsified(pruned, self.values, self._block(model, next(iter(pruned))))
-        hub.attach(model.eval(), [edit])
+        kept = nonzero_units(model) if self._cuts else SubNetwork.full(model)
+        if self._cuts:
+            slice_zeros(model)
+        else:
+            pruned = prunable(model, self.weights)
+            hub.attach(model, [sparsified(pruned, self.values, self._block(model, next(iter(pruned))))])
+        model.eval()
         full = SubNetwork.full(model)
         counted = {
             "macs": macs(model, job.batch, job.tokens).of(full),
             "params": params(model).of(full),
             "map_params": float(sum(int(weight.count_nonzero()) for weight in prunable(model).values())),
         }
-        return Outcome(model, hub.edits_of(model), full, predicted=counted)
+        return Outcome(model, hub.edits_of(model), kept, predicted=counted)
 
     def _aim(self, model: PreTrainedModel, share: float) -> float:
         """The sparsity of the weights that may go, for one of all maps; found before anything is trained.
@@ -81,7 +95,8 @@ class Mgpp(PruningSettings):
         Raises:
             InvalidBudget: it is out of reach.
         """
-        pattern, weights = pattern_of(self.pattern), prunable(model, self.weights)
+        pattern = pattern_of(self.pattern)
+        weights = prunable(model, self.weights, kinds_of(pattern))
         count = sum(weight.numel() for weight in weights.values())
         wanted = share * sum(weight.numel() for weight in prunable(model).values()) / count
         most = pattern.most if pattern.most < 1 else 1 - self.floor
@@ -91,8 +106,9 @@ class Mgpp(PruningSettings):
                 f"sparsity>={share:g} is out of reach: of the {count:,} weights that may go, a share of {most:g} can "
                 f"(see weights, pattern and floor). The nearest feasible budget is sparsity>={nearest:g}."
             )
-        # the unit at the threshold stays, so one more is asked for
-        return min(wanted + (0 if wanted > most - 1e-9 else 2 * pattern.size / count), most)
+        if isinstance(pattern, Units) or wanted > most - 1e-9:  # units reach what is asked for
+            return min(wanted, most)
+        return min(wanted + 2 * pattern.size / count, most)  # the unit at the threshold stays: one more is asked for
 
     def _block(self, model: PreTrainedModel, name: str) -> tuple[int, int]:
         """Rows and columns that are zero together in the weights as they are stored."""

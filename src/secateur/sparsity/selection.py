@@ -112,12 +112,10 @@ class Blocks:
         return self.size == 1
 
     def units(self, score: Tensor) -> Tensor:
-        return score if self.single else _root(self._mean(score * score.abs()))
+        return score if self.single else root(self._mean(score * score.abs()))
 
-    def squares(self, weight: Tensor) -> Tensor | None:
-        """‖w‖² of each weight's block, of the matrix's shape; None for single weights."""
-        if self.single:
-            return None
+    def squares(self, weight: Tensor) -> Tensor:
+        """‖w‖² of each weight's block, of the matrix's shape."""
         return self._spread(self._mean(weight.float().square()) * self.size)
 
     def kept(self, score: Tensor, units: Tensor) -> Tensor:
@@ -157,7 +155,7 @@ class NofM:
 
     def units(self, score: Tensor) -> Tensor:
         smallest = self._runs(score).sort(dim=-1).values[..., : self.m - self.n]
-        return _root((smallest * smallest.abs()).sum(dim=-1))
+        return root((smallest * smallest.abs()).sum(dim=-1))
 
     def kept(self, score: Tensor, units: Tensor) -> Tensor:
         order = self._runs(score).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -170,13 +168,30 @@ class NofM:
         return score.unflatten(1, (-1, self.m))
 
 
-def _root(squares: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Units:
+    """Whole heads, whole neurons, or both: `groups` says which weights those are in a model.
+
+    Attributes:
+        text: "heads", "neurons" or "units".
+    """
+
+    text: str
+    most: ClassVar[float] = 1.0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The blocks that lose units."""
+        return ("heads", "neurons") if self.text == "units" else (self.text,)
+
+
+def root(squares: Tensor) -> Tensor:
     """The root of signed squares: scores of movement may be negative, and go first."""
     return squares.sign() * squares.abs().sqrt()
 
 
-def pattern_of(text: str) -> Blocks | NofM:
-    """Read a pattern: "1x1" (single weights), "32x32" (rows x columns), "2:4".
+def pattern_of(text: str) -> Blocks | NofM | Units:
+    """Read a pattern: "1x1" (single weights), "32x32" (rows x columns), "2:4", "heads", "neurons" or "units" (both).
 
     Raises:
         SecateurError: it cannot be read.
@@ -189,7 +204,12 @@ def pattern_of(text: str) -> Blocks | NofM:
         n, m = map(int, found.groups())
         if 0 < n < m:
             return NofM(n, m)
-    raise SecateurError(f"A pattern is '1x1' (single weights), blocks such as '16x4', or '2:4', not '{text}'.")
+    elif text in ("heads", "neurons", "units"):
+        return Units(text)
+    raise SecateurError(
+        "A pattern is '1x1' (single weights), blocks such as '16x4', '2:4', or whole 'heads', 'neurons' or 'units' "
+        f"(both), not '{text}'."
+    )
 
 
 def choose(scores: Sequence[Tensor], sparsity: float, pattern: Pattern, floor: float = 0.0) -> list[Tensor]:
@@ -221,17 +241,17 @@ def choose(scores: Sequence[Tensor], sparsity: float, pattern: Pattern, floor: f
         else:
             tau = kth_smallest([units[i] for i in free], k)
             masks = {i: units[i] >= tau for i in free}
-        poor = [i for i in free if int(masks[i].sum()) < _least(units[i], floor)]
+        poor = [i for i in free if int(masks[i].sum()) < least(units[i], floor)]
         if not poor:
             break
         for i in poor:
-            keep = _least(units[i], floor)
+            keep = least(units[i], floor)
             tau = kth_smallest([units[i]], units[i].numel() - keep + 1)
             bound[i] = units[i] >= tau
     stays = masks | bound
     return [pattern.kept(score, stays[i]) for i, score in enumerate(scores)]
 
 
-def _least(units: Tensor, floor: float) -> int:
+def least(units: Tensor, floor: float) -> int:
     """How many units a matrix keeps at least."""
     return int(floor * units.numel() + 1e-9)

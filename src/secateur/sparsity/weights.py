@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from secateur.errors import SecateurError
 from secateur.families import axis, sites, weight_of
 
 
-def prunable(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Parameter]:
+def prunable(
+    model: nn.Module, pattern: str | None = None, kinds: Collection[str] = ("heads", "neurons")
+) -> dict[str, nn.Parameter]:
     """Weights of the linear maps that the family table names, by name in the base model: of BERT six in each layer.
 
     No biases, norms, embeddings, pooler or head. 12·(4·768² + 2·768·3072) = 84,934,656 weights in BERT-base.
@@ -20,6 +22,7 @@ def prunable(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Param
     Args:
         model: a model of a known family.
         pattern: a regular expression that part of the name must match.
+        kinds: the maps of these blocks: "heads" (attention), "neurons" (feed-forward).
 
     Raises:
         SecateurError: the pattern cannot be read, or matches no weight.
@@ -28,7 +31,13 @@ def prunable(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Param
         wanted = re.compile(pattern or "")
     except re.error as error:
         raise SecateurError(f"The pattern of weights '{pattern}' is no regular expression: {error}.") from None
-    inside = {id(weight_of(module)) for site in sites(model) for module, _ in site.cuts if _is_map(module)}
+    inside = {
+        id(weight_of(module))
+        for site in sites(model)
+        if site.kind in kinds
+        for module, _ in site.cuts
+        if _is_map(module)
+    }
     named = {name: p for name, p in base_of(model)[0].named_parameters() if id(p) in inside}
     found = {name: p for name, p in named.items() if wanted.search(name)}
     if not found:

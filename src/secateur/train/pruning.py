@@ -17,10 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from secateur.checks import check_fields, check_shares
 from secateur.errors import InvalidData, SecateurError
+from secateur.sparsity.groups import groups_of, kinds_of
 from secateur.sparsity.prior import MixturePrior
 from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_strength
-from secateur.sparsity.selection import Blocks, choose, pattern_of
-from secateur.sparsity.weights import prunable, sparsity, turned
+from secateur.sparsity.selection import pattern_of
+from secateur.sparsity.weights import prunable, sparsity
 
 Score = Literal["prior", "magnitude", "platon", "movement"]
 STATE = "pruning.safetensors"
@@ -34,7 +35,8 @@ class PruningSettings:
         score: "prior" ranks by size under MGPP's prior, "magnitude" without it; "platon" (Zhang et al., ICML 2022) by
             the averaged |w·gradient| times its uncertainty, "movement" (Sanh et al., NeurIPS 2020) by how much
             training moves a weight away from zero.
-        pattern: what goes together: "1x1" (single weights), blocks such as "16x4", or "2:4".
+        pattern: what goes together: "1x1" (single weights), blocks such as "16x4", "2:4", or whole "heads", "neurons"
+            or "units" (both), which can be cut out afterwards (`slice_zeros`).
         weights: regular expression of parameter names; the linear maps of all layers if None.
         floor: share of each matrix that stays in any case.
         initial: sparsity at the first choice.
@@ -85,12 +87,9 @@ class PruningSettings:
         end = steps - 1 - int(self.after * steps)
         return CubicSchedule(int(self.before * steps), end, self.interval, min(self.initial, final), final)
 
-    def prior(self, slab_share: float | None = None) -> MixturePrior:
-        """The prior with a probability of the slab; λ if None."""
-        pattern = pattern_of(self.pattern)
-        group = pattern.size if isinstance(pattern, Blocks) else 1
-        share = self.slab_share if slab_share is None else slab_share
-        return MixturePrior(share, self.spike, self.slab, group)
+    def prior(self, slab_share: float | None = None, group: int = 1) -> MixturePrior:
+        """The prior of a group of weights with a probability of the slab; λ if None."""
+        return MixturePrior(self.slab_share if slab_share is None else slab_share, self.spike, self.slab, group)
 
 
 class Pruning(TrainerCallback):
@@ -168,10 +167,8 @@ class Pruning(TrainerCallback):
         if self.examples is not None and self.examples < 1:
             raise InvalidData("Pruning while training needs training rows: there are none.")
         self.scaled = bool(args.fp16)
-        self.parameters = prunable(model, self.settings.weights)
-        self._turned = {name for name in self.parameters if turned(model, name)}
-        for name in self.parameters:
-            self._check(name)
+        self.parameters = prunable(model, self.settings.weights, kinds_of(self.pattern))
+        self.groups = groups_of(model, self.parameters, self.pattern)
         self.schedule = self.settings.schedule(self.final, state.max_steps)
         self.begun = int(self.settings.before * state.max_steps)
         if state.global_step > 0:
@@ -185,18 +182,6 @@ class Pruning(TrainerCallback):
             raise SecateurError("The best model may be an early one, which is denser: unset load_best_model_at_end.")
         if args.deepspeed or args.fsdp:
             raise SecateurError("Pruning reads whole weights and gradients: train without DeepSpeed and FSDP.")
-
-    def _rows(self, name: str, tensor: Tensor) -> Tensor:
-        """Something of a weight's shape as (out, in), and back."""
-        return tensor.T if name in self._turned else tensor
-
-    def _check(self, name: str) -> None:
-        shape = self._rows(name, self.parameters[name]).shape
-        if not self.pattern.fits(shape):
-            raise SecateurError(
-                f"{name} is {shape[0]} x {shape[1]} and cannot be divided into {self.pattern.text}: choose another "
-                "pattern, or other weights."
-            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Movement: the pass runs on masked weights, and the others are kept aside."""
@@ -230,20 +215,18 @@ class Pruning(TrainerCallback):
         strength = annealed_strength(0, self.begun, step) if self.settings.anneal == "strength" else 1.0
         if strength == 0 or self.examples is None:
             return
-        prior = self.prior_at(step)
+        squares = self.groups.squares({name: parameter.detach() for name, parameter in self.parameters.items()})
         for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            rows, grad = self._rows(name, parameter), self._rows(name, parameter.grad)
-            squares = self.pattern.squares(rows) if isinstance(self.pattern, Blocks) else None
-            grad.add_(prior.pull(rows, squares).mul_(strength / self.examples).to(grad.dtype))
+            if parameter.grad is not None:
+                pull = self.prior_at(step, name).pull(parameter, squares(name))
+                parameter.grad.add_(pull.mul_(strength / self.examples).to(parameter.grad.dtype))
 
-    def prior_at(self, step: int) -> MixturePrior:
-        """The prior at a step."""
-        chosen = self.settings
+    def prior_at(self, step: int, name: str) -> MixturePrior:
+        """The prior of a matrix's weights at a step."""
+        chosen, group = self.settings, self.groups.size(name)
         if chosen.anneal != "slab":
-            return chosen.prior()
-        return chosen.prior(annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step))
+            return chosen.prior(group=group)
+        return chosen.prior(annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step), group)
 
     def _follow(self, name: str, weight: Tensor, grad: Tensor, step: int) -> None:
         """Scores that gather over steps: of "platon" over windows of the interval, whose means are then averaged."""
@@ -269,9 +252,8 @@ class Pruning(TrainerCallback):
         """Choose weights, if it is time, and set them to zero."""
         step = state.global_step
         if self.schedule.chooses(step):
-            scores = {name: self._rows(name, self._score(name)) for name in self.parameters}
-            masks = choose(list(scores.values()), self.schedule.sparsity(step), self.pattern, self.settings.floor)
-            self._masks = {name: self._rows(name, mask) for name, mask in zip(scores, masks, strict=True)}
+            scores = {name: self._score(name) for name in self.parameters}
+            self._masks = self.groups.choose(scores, self.schedule.sparsity(step), self.settings.floor)
             if self.settings.score != "movement" or step == self.schedule.end:
                 self._apply()
             self.history.append(self._look(step, optimizer))
@@ -292,15 +274,19 @@ class Pruning(TrainerCallback):
     def _look(self, step: int, optimizer: Any) -> dict[str, float]:
         found = {"step": step, "sparsity": round(sparsity(self._masks), 6)}
         if self.settings.score == "prior":
-            prior = self.prior_at(step)
-            limit = prior.threshold / prior.group**0.5
+            limits = {name: self._limit(step, name) for name in self.parameters}
             total = sum(p.numel() for p in self.parameters.values())
-            inside = sum(int((p.detach().abs() < limit).sum()) for p in self.parameters.values())
+            inside = sum(int((p.detach().abs() < limits[name]).sum()) for name, p in self.parameters.items())
             found["in_spike"] = round(inside / total, 6)
             rates = [group["lr"] for group in getattr(optimizer, "param_groups", ())]
             if rates and max(rates) > 0:
-                found["spike_over_lr"] = round(limit / max(rates), 3)
+                found["spike_over_lr"] = round(max(limits.values()) / max(rates), 3)
         return found
+
+    def _limit(self, step: int, name: str) -> float:
+        """w* of a single weight; of a group, that of the root of its mean square."""
+        prior = self.prior_at(step, name)
+        return prior.threshold / prior.group**0.5
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -334,7 +320,7 @@ class Pruning(TrainerCallback):
         """Set the chosen weights to zero once more, and check."""
         self._apply()
         reached, total = sparsity(self.parameters), sum(weight.numel() for weight in self.parameters.values())
-        if state.global_step == state.max_steps and reached < self.final - 3 * self.pattern.size / total:
+        if state.global_step == state.max_steps and reached < self.final - 3 * self.groups.largest / total:
             raise SecateurError(f"Training ended at a sparsity of {reached:.6f} instead of {self.final:g}.")
 
     def sparsities(self) -> dict[str, float]:

@@ -1,0 +1,49 @@
+"""What becomes of the zeros of a model, whoever made them: stored as bits, or cut out if whole units are zero."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from secateur import hub
+from secateur.edits import Slice, apply_edits
+from secateur.edits.slice import nonzero_units
+from secateur.edits.sparsify import sparsified
+from secateur.errors import SecateurError
+from secateur.sparsity.storage import Values
+from secateur.sparsity.weights import prunable
+
+
+def sparsify(model: PreTrainedModel, values: Values = "fp32", block: tuple[int, int] = (1, 1)) -> PreTrainedModel:
+    """Let `save_pretrained` store the zeros of a model's linear maps as bits.
+
+    Args:
+        model: a model of a known family, pruned by whatever means; it is changed in place.
+        values: how the other weights are stored: "fp32", "bf16" or "int8".
+        block: rows × columns that are zero together.
+
+    Returns:
+        The same model.
+    """
+    hub.attach(model, [sparsified(prunable(model), values, block)])
+    return model
+
+
+def slice_zeros(model: PreTrainedModel) -> PreTrainedModel:
+    """Cut out the heads and neurons whose weights are zero, so that the model is smaller and faster everywhere.
+
+    Args:
+        model: a model of a known family, pruned by whatever means; it is changed in place.
+
+    Returns:
+        The same model, with the same outputs.
+
+    Raises:
+        SecateurError: no head and no neuron is zero.
+    """
+    kept = nonzero_units(model)
+    if kept.keeps_everything:
+        raise SecateurError("No head or neuron of the model is zero: prune whole ones, with the pattern 'units'.")
+    edits = [Slice(kept)]
+    apply_edits(model, edits)
+    hub.attach(model, edits)
+    return model
