@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from secateur import hub
 from secateur.costs.analytic import encoder_params, file_bytes, macs, params
 from secateur.costs.budget import Budget, Constraint, constraints
 from secateur.costs.dial import time_settings
-from secateur.costs.latency import Timing, time_interleaved, time_model
+from secateur.costs.latency import Timing, time_interleaved
 from secateur.costs.machine import fingerprint as machine_fingerprint
 from secateur.costs.tokens import FASTEST
 from secateur.edits.tokens import at_rest, dial_of, has_dial, turned_to
@@ -28,6 +29,7 @@ from secateur.methods import method_of
 from secateur.report import write_dial
 from secateur.results import Measurement, Result, versions, vocabulary_digest, weights_digest
 from secateur.run import Job, Method, Run
+from secateur.runtime.choice import ROWS, choose_kernels
 from secateur.search.allocate import allocate
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Evaluation, Task, check_labels, load_task, median_tokens
@@ -275,6 +277,7 @@ def measure(
     tokens: int | None = None,
     seconds: float = 4.0,
     speedup: float | None = None,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Count and time a model.
 
@@ -284,16 +287,29 @@ def measure(
         tokens: tokens per example; None takes the length of the model's dial, or 128.
         seconds: how long to time.
         speedup: where to turn the model's dial for it; None leaves it where it stands.
+        kernels: time it with sparse kernels too, in turns (`choose_kernels`).
 
     Returns:
-        MACs, parameters, bytes, latency in milliseconds, the setting and the machine.
+        MACs, parameters, bytes, latency in milliseconds, the setting and the machine; with `kernels`, under that name,
+        the latency with them, its `ratio` to that without, and the `choices`.
+
+    Raises:
+        SecateurError: `kernels` of a model without zeros.
     """
     net = _live(model)
     turned = dial_of(net) if has_dial(net) else None
     length = tokens or (turned.tokens if turned else 128)
     with turned_to(net, speedup, length):
-        timing = time_model(net, batch, length, seconds=seconds)
+        fast = copy.deepcopy(net) if kernels else None
+        choices = choose_kernels(fast, sorted({*ROWS, batch * length})) if fast is not None else []
+        timings = time_interleaved({"dense": net} | ({"kernels": fast} if fast else {}), batch, length, seconds=seconds)
+        timing = timings["dense"]
         counted = asdict(_measured(net, batch, length, {}, timing))
+        if kernels:
+            latency = {name: getattr(timings["kernels"], name) for name in ("median", "p90", "n")}
+            ratio = timings["kernels"].median / timing.median
+            found = [asdict(choice) for choice in choices]
+            counted["kernels"] = {"latency_ms": latency, "ratio": ratio, "choices": found}
         if turned:
             counted["speedup"] = turned.speedup_at(turned.alpha, length)
     counted.pop("metrics")

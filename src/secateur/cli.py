@@ -224,6 +224,9 @@ def measure(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 4.0,
     speedup: SpeedupOption = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time it with sparse kernels too, chosen by measuring them here.")
+    ] = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -235,7 +238,7 @@ def measure(
     net = open_any(model)
 
     def at(wanted: float | None) -> dict[str, Any]:
-        return api.measure(net, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted)
+        return api.measure(net, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted, kernels=kernels)
 
     _show_settings(at, _speedups(speedup), as_json)
 
@@ -359,7 +362,12 @@ def _show_settings(at: Callable[[float | None], dict[str, Any]], speedups: list[
     """Print what is found where the dial stands, or a line for each speed-up (as JSON, one object with `rows`)."""
 
     def line(record: dict[str, Any]) -> None:
-        typer.echo(_numbers({key: value for key, value in record.items() if key != "machine"}))
+        shown = {key: value for key, value in record.items() if key != "machine"}
+        for choice in (shown.get("kernels") or {}).pop("choices", ()):
+            (out, inputs), where = choice["shape"], choice["kernels"]
+            taken = ", ".join(f"{name} to {rows}" for rows, name in where.items())
+            typer.echo(f"{len(choice['maps'])} maps of {out} x {inputs}, {choice['sparsity']:.0%} zeros, rows: {taken}")
+        typer.echo(_numbers(shown))
 
     if speedups is None:
         found = at(None)

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import secateur
 from secateur.errors import SecateurError
 from secateur.runtime import choice
-from secateur.runtime.choice import Choice, SparseLinear
+from secateur.runtime.choice import SparseLinear
 from secateur.runtime.kernels import BlockKernel, CsrKernel
 from secateur.sparsity.weights import prunable
 from tests.conftest import tiny_batch, tiny_model
@@ -47,7 +47,7 @@ def faster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def sample(runners: Mapping[str, Callable[[], object]], *_: Any) -> dict[str, list[float]]:
             for runner in runners.values():
                 runner()
-            return {name: [milliseconds.get(name, 9.0)] for name in runners}
+            return {name: [({"sparse": 0.5} | milliseconds).get(name, 9.0)] for name in runners}
 
         monkeypatch.setattr(choice, "sample", sample)
 
@@ -75,11 +75,31 @@ def test_block_kernel_by_hand() -> None:
     assert kernel(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), torch.tensor([0.5, 0.0])).tolist() == [[21.5, -1000]]
 
 
-def test_another_kernel_has_to_win_clearly() -> None:
-    times = {8: {"dense": 1.0, "csr": 0.5}, 32: {"dense": 1.0, "csr": 0.96}, 128: {"dense": 1.0, "csr": 2.0}}
-    found = Choice(("w",), (4, 4), 0.9, 1, times)
+def test_another_kernel_has_to_win_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = iter([(1.0, 0.5), (1.0, 0.96), (1.0, 2.0)])
+
+    def sample(runners: Mapping[str, object], *_: Any) -> dict[str, list[float]]:
+        times = next(milliseconds) if "csr" in runners else (1.0, 0.9)
+        return {name: [time] for name, time in zip(runners, times, strict=True)}
+
+    monkeypatch.setattr(choice, "sample", sample)
+    monkeypatch.setattr(choice, "_rows_of_one", lambda model, owner, tokens: tokens)
+    model: Any = tiny_model("bert")
+    name, weight = next(iter(prunable(model).items()))
+    weight.data[:, 1:] = 0
+    (found,) = secateur.choose_kernels(model, rows=(128, 8, 32))
+    assert found.maps == (name,)
     assert found.kernels == {8: "csr", 32: "dense", 128: "dense"}
-    assert found.to_dict()["kernels"] == found.kernels
+    assert found.milliseconds[32] == {"dense": 1.0, "csr": 0.96}
+    assert found.sparsity == 1 - 1 / weight.shape[1]
+
+
+def test_a_model_that_is_not_faster_as_a_whole_stays_dense(faster: Callable[..., None]) -> None:
+    model = sparse_model()
+    faster(dense=1.0, csr=0.5, sparse=0.99)
+    found = secateur.choose_kernels(model, rows=(8,))
+    assert {one.kernels[8] for one in found} == {"dense"}
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("kernel", ["csr", "block"])
@@ -128,7 +148,7 @@ def test_training_and_traces_stay_dense_and_later_weights_count(faster: Callable
     query = model.bert.encoder.layer[0].attention.self.query
     model(**batch)[0].sum().backward()
     assert query.weight.grad is not None
-    assert query.made[0] is None, "with gradients no kernel is made"
+    assert query._name(torch.zeros(1, query.in_features)) is None
     with torch.no_grad():
         model.eval()(**batch)
         for weight in prunable(model).values():

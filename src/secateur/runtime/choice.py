@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any, cast
@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from secateur.costs.timers import sample
+from secateur.costs.analytic import evaluation
+from secateur.costs.timers import pass_of, sample
 from secateur.edits import Sparsify
 from secateur.errors import SecateurError
 from secateur.hub import edits_of
@@ -21,12 +22,15 @@ from secateur.sparsity.weights import owner_of, prunable, sparsity
 
 ROWS = (8, 32, 128, 512, 2048)
 GAIN = 0.95  # a kernel has to be so much faster than the dense one: below that it may be chance
+WHOLE = 0.98  # and so much faster the model as a whole
+TOKENS = 32  # of an example, when it is measured
+SECONDS = 0.3  # for that, at each number of rows
 LEAST = 0.5  # sparsity from which skipping zeros is tried
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured for maps of one shape and about one sparsity.
+    """What was measured for maps of one shape and about one sparsity, and what they take.
 
     Attributes:
         maps: names of the weights in the base model.
@@ -34,6 +38,7 @@ class Choice:
         sparsity: of the densest of them, which was measured.
         threads: of torch.
         milliseconds: for each number of rows (examples × tokens) the median of each kernel.
+        kernels: what is taken for up to so many rows: "dense", "csr" or "block".
     """
 
     maps: tuple[str, ...]
@@ -41,18 +46,7 @@ class Choice:
     sparsity: float
     threads: int
     milliseconds: dict[int, dict[str, float]]
-
-    @property
-    def kernels(self) -> dict[int, str]:
-        """The kernel for up to so many rows: the fastest, and "dense" unless another clearly wins."""
-        chosen: dict[int, str] = {}
-        for rows, times in self.milliseconds.items():
-            fastest = min(times, key=times.__getitem__)
-            chosen[rows] = fastest if times[fastest] < GAIN * times["dense"] else "dense"
-        return chosen
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "kernels": self.kernels}
+    kernels: dict[int, str]
 
 
 class SparseLinear(nn.Linear):
@@ -62,7 +56,7 @@ class SparseLinear(nn.Linear):
     traced, or with more rows than were measured, it is an `nn.Linear`. Kernels are made anew when the weight changed.
     """
 
-    plan: tuple[tuple[int, KernelName | None], ...]
+    plan: dict[int, str]
     block: tuple[int, int]
     made: tuple[object, dict[KernelName, Kernel]]
 
@@ -73,7 +67,7 @@ class SparseLinear(nn.Linear):
             return super().forward(input)
         stamp = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
         if self.made[0] != stamp:
-            names = {name for _, name in self.plan if name}
+            names = cast(set[KernelName], set(self.plan.values()) - {"dense"})
             self.made = (stamp, {name: kernel_of(name, self.weight.detach(), self.block) for name in names})
         product = self.made[1][name](input.reshape(-1, self.in_features), self.bias)
         return product.view(*input.shape[:-1], self.out_features)
@@ -89,23 +83,25 @@ class SparseLinear(nn.Linear):
         if learns or traced or torch.is_autocast_enabled(x.device.type) or not (_plain(x) and _plain(self.weight)):
             return None
         rows = x.numel() // self.in_features
-        return next((name for most, name in self.plan if 0 < rows <= most), None)
+        name = next((name for most, name in self.plan.items() if 0 < rows <= most), "dense")
+        return None if name == "dense" else cast(KernelName, name)
 
 
-def choose_kernels(model: nn.Module, rows: Sequence[int] = ROWS, *, seconds: float = 0.1) -> list[Choice]:
+def choose_kernels(model: nn.Module, rows: Sequence[int] = ROWS, *, seconds: float = 0.05) -> list[Choice]:
     """Give each sparse linear map of a model the fastest kernel for its shape, by measuring it here, in place.
 
     Candidates are the dense product, compressed sparse rows and, where zeros come in blocks, the blocks that are there.
-    Whatever does not clearly beat the dense product stays dense. Run the model under `torch.inference_mode()`.
+    Whatever does not clearly beat the dense product stays dense, and so does the whole model at numbers of rows where
+    it is not faster with what its maps would take. Run it under `torch.inference_mode()`, with as many threads.
 
     Args:
         model: a model of a known family, on the CPU in float32, opened from a sparse folder or just pruned.
         rows: numbers of rows (examples × tokens) to measure at; a batch gets the choice for the next larger one, and
             the dense product beyond the last.
-        seconds: time for each measurement.
+        seconds: time for each measurement of a map.
 
     Returns:
-        What was measured, by shape and sparsity.
+        What was measured and is taken, by shape and sparsity.
 
     Raises:
         SecateurError: the model is not on a CPU or not in float32, or none of its maps has half its weights at zero.
@@ -125,37 +121,71 @@ def choose_kernels(model: nn.Module, rows: Sequence[int] = ROWS, *, seconds: flo
             alike.setdefault(key, {})[name] = cast(nn.Linear, owner)
     if not alike:
         raise SecateurError("No linear map of the model has half its weights at zero: prune it first, with mgpp.")
-    return [_choose(maps, blocks.get(next(iter(maps)), (1, 1)), sorted(rows), seconds) for maps in alike.values()]
+    chosen = []
+    for maps in alike.values():
+        block = blocks.get(next(iter(maps)), (1, 1))
+        choice = _measured(maps, block, sorted(rows), seconds)
+        for owner in maps.values():
+            owner.__class__ = SparseLinear  # hooks, names and whatever refers to it stay
+            # one plan for all of them, the choice's own
+            owner.__dict__ |= {"plan": choice.kernels, "block": block, "made": (None, {})}
+        chosen.append(choice)
+    owners = [cast(SparseLinear, owner) for maps in alike.values() for owner in maps.values()]
+    _check_whole(model, owners, sorted(rows))
+    return chosen
 
 
-def _choose(maps: dict[str, nn.Linear], block: tuple[int, int], rows: Sequence[int], seconds: float) -> Choice:
-    """Measure the densest of some maps, and set the choice in all of them."""
+def _measured(maps: dict[str, nn.Linear], block: tuple[int, int], rows: Sequence[int], seconds: float) -> Choice:
+    """Measure the densest of some maps by itself."""
     densest = min(maps.values(), key=lambda owner: sparsity({"": owner.weight}))
     weight, bias = densest.weight.detach(), densest.bias
     names: list[KernelName] = ["csr"] if block == (1, 1) else ["csr", "block"]
     made = {name: kernel_of(name, weight, block) for name in names}
     times: dict[int, dict[str, float]] = {}
+    kernels: dict[int, str] = {}
     with torch.inference_mode():
         for count in rows:
             x = torch.randn(count, weight.shape[1])
             runners: dict[str, Callable[[], object]] = {"dense": partial(nn.functional.linear, x, weight, bias)}
             runners |= {name: partial(kernel, x, bias) for name, kernel in made.items()}
-            times[count] = {name: median(found) for name, found in sample(runners, seconds, 5).items()}
+            found = {name: median(durations) for name, durations in sample(runners, seconds, 5).items()}
+            fastest = min(found, key=found.__getitem__)
+            times[count], kernels[count] = found, fastest if found[fastest] < GAIN * found["dense"] else "dense"
     shape = (weight.shape[0], weight.shape[1])
-    choice = Choice(tuple(maps), shape, sparsity({"": weight}), torch.get_num_threads(), times)
-    for owner in maps.values():
-        _set(owner, choice, block)
-    return choice
+    return Choice(tuple(maps), shape, sparsity({"": weight}), torch.get_num_threads(), times, kernels)
 
 
-def _set(owner: nn.Linear, choice: Choice, block: tuple[int, int]) -> None:
-    """Make an `nn.Linear` a `SparseLinear`, or an `nn.Linear` again if it is dense everywhere: hooks and names stay."""
-    plan = tuple((rows, None if name == "dense" else cast(KernelName, name)) for rows, name in choice.kernels.items())
-    if any(name for _, name in plan):
-        owner.__class__ = SparseLinear
-        owner.__dict__ |= {"plan": plan, "block": block, "made": (None, {})}
-    else:
-        owner.__class__ = nn.Linear
+def _check_whole(model: nn.Module, owners: Sequence[SparseLinear], rows: Sequence[int]) -> None:
+    """Set maps back to the dense product, at numbers of rows where the model as a whole is not faster."""
+
+    def take(owner_class: type[nn.Linear], step: Callable[[], object]) -> None:
+        for owner in owners:
+            owner.__class__ = owner_class  # type: ignore[assignment]
+        step()
+
+    with evaluation(model), torch.inference_mode():
+        for count in rows:
+            tokens = min(count, TOKENS)
+            batch = count // _rows_of_one(model, owners[0], tokens)
+            if not batch or all(owner.plan[count] == "dense" for owner in owners):
+                continue
+            step = pass_of(model, batch, tokens)
+            runners = {"dense": partial(take, nn.Linear, step), "sparse": partial(take, SparseLinear, step)}
+            found = {name: median(durations) for name, durations in sample(runners, SECONDS, 9).items()}
+            if found["sparse"] > WHOLE * found["dense"]:
+                for owner in owners:
+                    owner.plan[count] = "dense"
+    for owner in owners:
+        taken = any(name != "dense" for name in owner.plan.values())
+        owner.__class__ = SparseLinear if taken else nn.Linear  # type: ignore[assignment]
+
+
+def _rows_of_one(model: nn.Module, owner: nn.Module, tokens: int) -> int:
+    """Rows that an example makes: a text as many as it has tokens, an image what its size says."""
+    seen: list[int] = []
+    with owner.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel())):
+        pass_of(model, 1, tokens)()
+    return seen[0]
 
 
 def _plain(tensor: Tensor) -> bool:
