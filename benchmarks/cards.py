@@ -12,8 +12,9 @@ from typing import Any
 
 import late_quality
 import late_scores
+import mgpp_quality as mgpp
 import optin_quality
-from common import HERE
+from common import HERE, seeds_table
 
 DOCS = HERE.parent / "docs"
 SPLITS = ("validation", "test")
@@ -106,6 +107,28 @@ def _perplexity(value: float) -> str:
     return f"{value:.1f}" if value < 10_000 else "over 10,000"
 
 
+def mgpp_quality() -> str:
+    """Metric against sparsity."""
+    records = [record for task in ("stsb", "sst2") if (record := results(f"mgpp_quality_{task}"))]
+    columns = list(mgpp.SPARSITIES)
+    return "\n\n".join(
+        seeds_table(record, split, "sparsity", columns, "{:g} %") for record in records for split in SPLITS
+    )
+
+
+def mgpp_latency() -> str:
+    """Milliseconds with sparse kernels over those of dense products."""
+    rows = (results("sparse_latency") or {"rows": []})["rows"]
+    cases = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
+    lines = ["| shape | zeros | " + " | ".join(f"{batch} x {tokens}" for batch, tokens in cases) + " |"]
+    lines.append("|---" * (len(cases) + 2) + "|")
+    for key in dict.fromkeys((row["shape"], row["zeros"], row["sparsity"]) for row in rows):
+        found = {(r["batch"], r["tokens"]): r for r in rows if (r["shape"], r["zeros"], r["sparsity"]) == key}
+        cells = [f"{found[c]['dense ms']:.0f} → {found[c]['sparse ms']:.0f} ({found[c]['ratio']:.2f})" for c in cases]
+        lines.append(f"| {key[0]} | {key[1]}, {key[2]} % | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 BLOCKS = {
     "methods/optin.md": {"quality": optin_tables, "differences": optin_differences},
     "methods/late.md": {
@@ -114,6 +137,7 @@ BLOCKS = {
         "latency": late_latency,
         "decoder": late_decoder,
     },
+    "methods/mgpp.md": {"quality": mgpp_quality, "latency": mgpp_latency},
 }
 
 
