@@ -269,7 +269,7 @@ def test_the_prior_touches_no_other_gradient_and_comes_once(tmp_path: Path) -> N
         found[score] = keep.grads
     model = tiny_model("bert")
     weights = {f"bert.{name}": weight for name, weight in prunable(model).items()}
-    pull = PruningSettings().prior().pull
+    pull = PruningSettings().prior(5e-5).pull
     for name, grad in found["prior"].items():
         added = pull(weights[name].detach()) / 16 if name in weights else 0
         expected = found["magnitude"][name] + added
@@ -415,7 +415,8 @@ def test_two_processes_choose_the_masks_of_one(score: str, tmp_path: Path) -> No
         ({}, "sparsity>=99.5%", "a share of 0.99 can .* nearest feasible budget is sparsity>=0.99."),
         ({"weights": "self.query"}, None, "nearest feasible budget is sparsity>=0.1"),
         ({"score": "taylor"}, None, "score is prior or magnitude or platon or movement"),
-        ({"lr": 1e30}, None, "training diverged"),
+        ({"lr": 1e30}, None, "lower lr"),
+        ({"lr": 1e30, "spike": 1e-9}, None, "training diverged"),
     ],
 )
 def test_bad_settings_and_budgets(settings: dict[str, Any], budget: str | None, message: str) -> None:

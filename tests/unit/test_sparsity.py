@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from secateur.errors import InvalidModel, SecateurError
-from secateur.sparsity.prior import MixturePrior
+from secateur.sparsity.prior import MixturePrior, spike_for
 from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_strength
 from secateur.sparsity.selection import Blocks, NofM, Units, choose, kth_smallest, pattern_of
 from secateur.sparsity.storage import decode, encode, packed_bits, unpacked_bits
+from secateur.train import PruningSettings
 
 SINGLE = Blocks()
 MNLI = CubicSchedule(start=12_272, end=98_175, interval=100, initial=0.3, final=0.9)
@@ -163,6 +164,27 @@ def test_a_floor_keeps_a_share_of_each_matrix() -> None:
     low, high = choose([small, large], 0.8, SINGLE, floor=0.05)
     assert (int(low.sum()), int(high.sum())) == (50, 351)
     assert float(small[low].min()) >= float(small[~low].max())
+
+
+@pytest.mark.parametrize(
+    ("threshold", "slab_share", "slab", "spike"),
+    [(1.510468e-4, 0.1, 0.1, 1e-9), (4.942122e-5, 0.1, 0.05, 1e-10), (7.587136e-6, 1e-7, 0.1, 1e-12)],
+)
+def test_the_spike_of_a_threshold(threshold: float, slab_share: float, slab: float, spike: float) -> None:
+    assert spike_for(threshold, slab_share, slab) == pytest.approx(spike, rel=1e-5)
+
+
+def test_a_threshold_that_no_spike_has() -> None:
+    for threshold in (0.0, 5.0):
+        with pytest.raises(SecateurError, match="lower lr"):
+            spike_for(threshold, 0.1, 0.1)
+
+
+def test_the_usual_spike_follows_the_learning_rate() -> None:
+    settings = PruningSettings()
+    assert settings.prior(5e-5).threshold == pytest.approx(1.5e-4)
+    assert settings.prior(5e-4).threshold == pytest.approx(1.5e-3)
+    assert PruningSettings(spike=1e-9).prior(5e-4).spike == 1e-9
 
 
 def test_blocks_go_by_the_root_of_their_mean_square() -> None:

@@ -79,3 +79,26 @@ class MixturePrior:
         g = self.spike_probability(w.square() if squares is None else squares)
         # in place: this runs over every weight in every step
         return g.mul_(1 / self.spike - 1 / self.slab).add_(1 / self.slab) * w
+
+
+def spike_for(threshold: float, slab_share: float, slab: float) -> float:
+    """v0, the variance of the spike whose threshold w* is as asked for: the inverse of `MixturePrior.threshold`.
+
+    w*² (1/(2 v0) - 1/(2 v1)) = ln((1 - λ)/λ · √(v1/v0)), solved for the first v0 by iteration.
+
+    Raises:
+        SecateurError: no spike below the slab has it, or the slab's share is not one.
+    """
+    odds = -MixturePrior(slab_share, slab, slab).offset
+    spike = threshold**2 / 20
+    for _ in range(100):
+        weight = odds + 0.5 * (math.log(slab) - math.log(spike)) if 0 < spike < slab else 0.0
+        if weight <= 0:
+            break
+        before, spike = spike, threshold**2 * (1 - spike / slab) / (2 * weight)
+        if abs(spike - before) <= 1e-12 * spike:
+            return spike
+    raise SecateurError(
+        f"No spike below the slab of variance {slab:g} draws weights below {threshold:g} to zero: lower lr, which that "
+        "follows, raise slab, or set spike."
+    )

@@ -18,13 +18,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from secateur.checks import check_fields, check_shares
 from secateur.errors import InvalidData, SecateurError
 from secateur.sparsity.groups import groups_of, kinds_of
-from secateur.sparsity.prior import MixturePrior
+from secateur.sparsity.prior import MixturePrior, spike_for
 from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_strength
 from secateur.sparsity.selection import pattern_of
 from secateur.sparsity.weights import prunable, sparsity
 
 Score = Literal["prior", "magnitude", "platon", "movement"]
 STATE = "pruning.safetensors"
+RATES = 3.0  # w* over the peak learning rate, as in the authors' settings for SST-2
 
 
 @dataclass
@@ -45,7 +46,8 @@ class PruningSettings:
         interval: steps between choices.
         slab_share: λ of the prior: probability of the slab.
         slab_last: share of λ that annealing ends at.
-        spike: v0, variance of the spike.
+        spike: v0, variance of the spike; None takes the one whose w* is `RATES` times the peak learning rate, so that
+            the prior holds weights at zero whatever the rate.
         slab: v1, variance of the slab.
         anneal: "slab" lowers λ while pruning, "strength" raises the prior before pruning starts, or "none".
         memory: β1 of "platon".
@@ -62,7 +64,7 @@ class PruningSettings:
     interval: int = 10
     slab_share: float = 0.1
     slab_last: float = 0.001
-    spike: float = 1e-9
+    spike: float | None = None
     slab: float = 0.1
     anneal: Literal["slab", "strength", "none"] = "slab"
     memory: float = 0.85
@@ -76,7 +78,7 @@ class PruningSettings:
         if self.slab_last == 0:
             raise SecateurError(f"{self.name}: slab_last is above 0: the slab keeps a share.")
         pattern_of(self.pattern)
-        self.prior()
+        self.prior(5e-5)
 
     def schedule(self, final: float, steps: int) -> CubicSchedule:
         """The schedule of a run of so many steps.
@@ -87,9 +89,10 @@ class PruningSettings:
         end = steps - 1 - int(self.after * steps)
         return CubicSchedule(int(self.before * steps), end, self.interval, min(self.initial, final), final)
 
-    def prior(self, slab_share: float | None = None, group: int = 1) -> MixturePrior:
-        """The prior of a group of weights with a probability of the slab; λ if None."""
-        return MixturePrior(self.slab_share if slab_share is None else slab_share, self.spike, self.slab, group)
+    def prior(self, lr: float, slab_share: float | None = None, group: int = 1) -> MixturePrior:
+        """The prior of a group of weights, with a peak learning rate and a probability of the slab; λ if None."""
+        spike = spike_for(RATES * lr, self.slab_share, self.slab) if self.spike is None else self.spike
+        return MixturePrior(self.slab_share if slab_share is None else slab_share, spike, self.slab, group)
 
 
 class Pruning(TrainerCallback):
@@ -166,7 +169,7 @@ class Pruning(TrainerCallback):
             self.examples = len(rows)
         if self.examples is not None and self.examples < 1:
             raise InvalidData("Pruning while training needs training rows: there are none.")
-        self.scaled = bool(args.fp16)
+        self.scaled, self.lr = bool(args.fp16), args.learning_rate
         self.parameters = prunable(model, self.settings.weights, kinds_of(self.pattern))
         self.groups = groups_of(model, self.parameters, self.pattern)
         self.schedule = self.settings.schedule(self.final, state.max_steps)
@@ -225,8 +228,8 @@ class Pruning(TrainerCallback):
         """The prior of a matrix's weights at a step."""
         chosen, group = self.settings, self.groups.size(name)
         if chosen.anneal != "slab":
-            return chosen.prior(group=group)
-        return chosen.prior(annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step), group)
+            return chosen.prior(self.lr, group=group)
+        return chosen.prior(self.lr, annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step), group)
 
     def _follow(self, name: str, weight: Tensor, grad: Tensor, step: int) -> None:
         """Scores that gather over steps: of "platon" over windows of the interval, whose means are then averaged."""
