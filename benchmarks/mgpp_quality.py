@@ -23,20 +23,23 @@ from secateur import hub
 from secateur.costs.budget import Budget, constraints
 from secateur.methods import Mgpp
 from secateur.run import Job, Run
-from secateur.sparsity.weights import prunable, sparsity
+from secateur.sparsity.weights import prunable
 from secateur.tasks import evaluate, median_tokens, paired_bootstrap
 
 SPARSITIES = (50, 70, 80, 90, 95)
 METHODS: dict[str, dict[str, Any]] = {
     "prior": {},
-    "prior, strength annealed": {"anneal": "strength", "slab_share": 1e-7, "spike": 1e-12},
+    "prior, strength annealed": {"anneal": "strength", "slab_share": 1e-7},
     "prior, constant": {"anneal": "none", "slab_share": 1e-3},
+    "slab alone": {"anneal": "none", "spike": 0.1},  # plain L2 of the same strength
     "magnitude": {"score": "magnitude"},
     "platon": {"score": "platon"},
     "movement": {"score": "movement"},
     "prior, blocks of 32 x 32": {"pattern": "32x32"},
     "prior, blocks of 16 x 4": {"pattern": "16x4"},
     "prior, 2:4": {"pattern": "2:4"},
+    "prior, heads and neurons": {"pattern": "units"},
+    "magnitude, heads and neurons": {"score": "magnitude", "pattern": "units"},
 }
 
 
@@ -62,9 +65,10 @@ def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -
                 limits = constraints(Budget.parse(f"sparsity>={percent}%"), model, 1, tokens, units=False)
                 start = time.perf_counter()
                 outcome = method.run(Job(model, tokenizer, data, limits, Run(None, {}), 1, tokens, seed))
-                row = {"method": label, "sparsity": percent, "seed": seed}
+                row: dict[str, Any] = {"method": label, "sparsity": percent, "seed": seed, "set": common}
                 row["seconds"] = round(time.perf_counter() - start, 1)
-                row["reached"] = round(sparsity(prunable(outcome.model)), 6)
+                there = (outcome.predicted or {})["map_params"]
+                row["reached"] = round(1 - there / sum(weight.numel() for weight in prunable(model).values()), 6)
                 row["bytes"] = hub.bytes_on_disk(outcome.model)
                 for split, before in dense.items():
                     after = evaluate(outcome.model, tokenizer, data, split)

@@ -18,7 +18,7 @@ from secateur import hub
 from secateur.costs.analytic import encoder_params, file_bytes, macs, params
 from secateur.costs.budget import Budget, Constraint, constraints
 from secateur.costs.dial import time_settings
-from secateur.costs.latency import Timing, time_interleaved
+from secateur.costs.latency import Timing, time_interleaved, time_model
 from secateur.costs.machine import fingerprint as machine_fingerprint
 from secateur.costs.tokens import FASTEST
 from secateur.edits.tokens import at_rest, dial_of, has_dial, turned_to
@@ -31,6 +31,7 @@ from secateur.results import Measurement, Result, versions, vocabulary_digest, w
 from secateur.run import Job, Method, Run
 from secateur.runtime.choice import ROWS, choose_kernels
 from secateur.search.allocate import allocate
+from secateur.sparsity.linear import dense_products
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Evaluation, Task, check_labels, load_task, median_tokens
 from secateur.tasks import evaluate as evaluate_model
@@ -300,16 +301,21 @@ def measure(
     turned = dial_of(net) if has_dial(net) else None
     length = tokens or (turned.tokens if turned else 128)
     with turned_to(net, speedup, length):
-        fast = copy.deepcopy(net) if kernels else None
-        choices = choose_kernels(fast, sorted({*ROWS, batch * length})) if fast is not None else []
-        timings = time_interleaved({"dense": net} | ({"kernels": fast} if fast else {}), batch, length, seconds=seconds)
-        timing = timings["dense"]
+        if kernels:
+            fast = copy.deepcopy(net)
+            choices = choose_kernels(fast, {*ROWS, batch * length})
+            with dense_products(net):
+                timings = time_interleaved({"dense": net, "kernels": fast}, batch, length, seconds=seconds)
+            timing, with_kernels = timings["dense"], timings["kernels"]
+        else:
+            timing = time_model(net, batch, length, seconds=seconds)
         counted = asdict(_measured(net, batch, length, {}, timing))
         if kernels:
-            latency = {name: getattr(timings["kernels"], name) for name in ("median", "p90", "n")}
-            ratio = timings["kernels"].median / timing.median
-            found = [asdict(choice) for choice in choices]
-            counted["kernels"] = {"latency_ms": latency, "ratio": ratio, "choices": found}
+            counted["kernels"] = {
+                "latency_ms": {name: getattr(with_kernels, name) for name in ("median", "p90", "n")},
+                "ratio": with_kernels.median / timing.median,
+                "choices": [asdict(choice) for choice in choices],
+            }
         if turned:
             counted["speedup"] = turned.speedup_at(turned.alpha, length)
     counted.pop("metrics")

@@ -122,8 +122,25 @@ def test_whole_units_are_cut_out(pattern: str, score: str, tmp_path: Path) -> No
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     wanted = result.model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
-    with pytest.raises(SecateurError, match="leave values out"):
+    with pytest.raises(SecateurError, match="leave it out"):
         secateur.Mgpp(pattern=pattern, values="int8")
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_units_of_a_sparse_model_that_lost_a_layer(score: str, tmp_path: Path) -> None:
+    model = sparse_bert(0.9, "int8")
+    full = secateur.SubNetwork.full(model)
+    kept = secateur.SubNetwork((tuple(False for _ in full.heads[0]), *full.heads[1:]), full.neurons)
+    secateur.apply_edits(model, [secateur.Slice(kept)])
+    hub.attach(model, [secateur.Slice(kept)])
+    method = secateur.Mgpp(**MGPP, score=score, pattern="units")  # type: ignore[arg-type]
+    result = compress(
+        model, method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="sparsity>=50%", out=tmp_path / "out"
+    )
+    assert sparsity(prunable(result.model)) > 0.85, "zeros of the sparse model stay"
+    assert result.after.bytes < result.before.bytes
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in result.model.state_dict().items())
 
 
 @pytest.mark.parametrize("values", ["fp32", "bf16", "int8"])

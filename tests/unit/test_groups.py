@@ -89,6 +89,15 @@ def test_zero_units_can_be_cut_out_of_every_family(family: str, pattern: str) ->
     )
 
 
+def test_half_precision_is_ranked_as_float32() -> None:
+    model: Any = tiny_model("bert")
+    scores = {name: weight.detach().bfloat16() for name, weight in prunable(model).items()}
+    groups = UnitGroups(model, prunable(model))
+    wide = groups.choose({name: score.float() for name, score in scores.items()}, 0.5, 0.0)
+    narrow = groups.choose(scores, 0.5, 0.0)
+    assert all(torch.equal(mask, wide[name]) for name, mask in narrow.items())
+
+
 def test_matrices_of_conv1d_are_turned() -> None:
     model: Any = tiny_model("gpt2")
     weights = prunable(model, "mlp.c_fc")
@@ -104,6 +113,10 @@ def test_bad_input() -> None:
     model = one_layer()
     with pytest.raises(SecateurError, match="not all maps"):
         groups_of(model, prunable(model, "query|intermediate|layer.0.output"), pattern_of("units"))
+    groups, scores = UnitGroups(model, prunable(model)), {n: torch.ones_like(w) for n, w in prunable(model).items()}
+    scores[LAYER + "intermediate.dense.weight"][0] = torch.nan
+    with pytest.raises(SecateurError, match="not a finite number"):
+        groups.choose(scores, 0.5, 0.0)
     with pytest.raises(SecateurError, match="cannot be divided into 3x3"):
         groups_of(model, prunable(model), pattern_of("3x3"))
     with pytest.raises(SecateurError, match="No head or neuron"):

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import secateur
+from secateur.costs.analytic import macs
+from secateur.edits.slice import Slice
 from secateur.errors import SecateurError
 from secateur.runtime import choice
-from secateur.runtime.choice import SparseLinear
-from secateur.runtime.kernels import BlockKernel, CsrKernel
+from secateur.sparsity.kernels import BlockKernel, CsrKernel
+from secateur.sparsity.linear import SparseLinear, dense_products
 from secateur.sparsity.weights import prunable
 from tests.conftest import tiny_batch, tiny_model
 
@@ -83,7 +85,6 @@ def test_another_kernel_has_to_win_clearly(monkeypatch: pytest.MonkeyPatch) -> N
         return {name: [time] for name, time in zip(runners, times, strict=True)}
 
     monkeypatch.setattr(choice, "sample", sample)
-    monkeypatch.setattr(choice, "_rows_of_one", lambda model, owner, tokens: tokens)
     model: Any = tiny_model("bert")
     name, weight = next(iter(prunable(model).items()))
     weight.data[:, 1:] = 0
@@ -100,6 +101,39 @@ def test_a_model_that_is_not_faster_as_a_whole_stays_dense(faster: Callable[...,
     found = secateur.choose_kernels(model, rows=(8,))
     assert {one.kernels[8] for one in found} == {"dense"}
     assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    copied = copy.deepcopy(model)  # nothing is left that torch cannot copy
+    assert copied.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("rows", [(8, 40, 64), (5,), (200,)])
+def test_each_number_of_rows_is_checked_by_itself(rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("bert", max_position_embeddings=16)
+    for weight in prunable(model).values():
+        weight.data[:, 1:] = 0
+    seen: list[tuple[int, str | None]] = []
+    query = model.bert.encoder.layer[0].attention.self.query
+
+    def sample(runners: Mapping[str, Callable[[], object]], *_: Any) -> dict[str, list[float]]:
+        if "csr" in runners:
+            return {"dense": [1.0], "csr": [0.5]}
+        with query.register_forward_pre_hook(lambda m, x: seen.append((x[0].shape[:-1].numel(), m.kernel_for(x[0])))):
+            runners["sparse"]()
+        return {"dense": [1.0], "sparse": [0.5 if len(seen) != 2 else 2.0]}
+
+    monkeypatch.setattr(choice, "sample", sample)
+    found = secateur.choose_kernels(model, rows)
+    wanted = [(count // 16 * 16 if count > 16 else count, "csr") for count in rows]
+    assert seen == wanted
+    kernels = {count: "dense" if place == 1 else "csr" for place, count in enumerate(rows)}
+    assert {tuple(one.kernels.items()) for one in found} == {tuple(kernels.items())}
+    assert query.plan == kernels
+
+
+def test_an_image_with_more_rows_stays_dense(faster: Callable[..., None]) -> None:
+    model = sparse_model("vit")
+    faster(dense=1.0, csr=0.5)
+    found = secateur.choose_kernels(model, rows=(2, 512))
+    assert {tuple(one.kernels.values()) for one in found} == {("dense", "csr")}
 
 
 @pytest.mark.parametrize("kernel", ["csr", "block"])
@@ -111,13 +145,13 @@ def test_a_model_computes_the_same(family: str, kernel: str, faster: Callable[..
     with torch.inference_mode():
         before = model(**batch)[0]
         faster(dense=1.0, **{kernel: 0.5})
-        found = secateur.choose_kernels(model)
+        found = secateur.choose_kernels(model, rows=(128, 512))
         after = model(**batch)[0]
     assert {name for one in found for name in one.kernels.values()} == {kernel}
     assert {name for one in found for name in one.maps} == set(prunable(model))
     taken = [module for module in model.modules() if isinstance(module, SparseLinear)]
     assert len(taken) == len(prunable(model))
-    assert all(set(module.made[1]) == {kernel} for module in taken), "every map ran"
+    assert all(set(module.built[1]) == {kernel} for module in taken), "every map ran"
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +171,7 @@ def test_rows_beyond_those_measured_are_multiplied_densely(faster: Callable[...,
     secateur.choose_kernels(model, rows=(4, 16))
     query = model.bert.encoder.layer[0].attention.self.query
     with torch.inference_mode():
-        named = [query._name(torch.zeros(1, rows, query.in_features)) for rows in (0, 1, 4, 16, 17)]
+        named = [query.kernel_for(torch.zeros(1, rows, query.in_features)) for rows in (0, 1, 4, 16, 17)]
     assert named == [None, "csr", "csr", "csr", None]
 
 
@@ -148,7 +182,7 @@ def test_training_and_traces_stay_dense_and_later_weights_count(faster: Callable
     query = model.bert.encoder.layer[0].attention.self.query
     model(**batch)[0].sum().backward()
     assert query.weight.grad is not None
-    assert query._name(torch.zeros(1, query.in_features)) is None
+    assert query.kernel_for(torch.zeros(1, query.in_features)) is None
     with torch.no_grad():
         model.eval()(**batch)
         for weight in prunable(model).values():
@@ -161,11 +195,80 @@ def test_training_and_traces_stay_dense_and_later_weights_count(faster: Callable
         torch.testing.assert_close(found, again(**batch)[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found, copied(**batch)[0], rtol=1e-4, atol=1e-5)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert query._name(torch.zeros(1, query.in_features)) is None
+            assert query.kernel_for(torch.zeros(1, query.in_features)) is None
         assert torch.isfinite(copied.bfloat16()(**batch)[0]).all()
     exported = torch.export.export(model, (), batch)
     with torch.inference_mode():
         torch.testing.assert_close(exported.module()(**batch)[0], found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_optimiser_leaves_no_stale_kernel(faster: Callable[..., None]) -> None:
+    model, batch = sparse_model(), tiny_batch("bert")
+    faster(dense=1.0, csr=0.5)
+    secateur.choose_kernels(model)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        model(**batch)
+    model(**batch)[0].sum().backward()
+    optimiser.step()
+    with torch.no_grad():
+        found = model(**batch)[0]
+        with dense_products(model):
+            torch.testing.assert_close(found, model(**batch)[0], rtol=1e-4, atol=1e-5)
+        secateur.sparsify(model, values="int8")
+        found = model(**batch)[0]
+        with dense_products(model):
+            torch.testing.assert_close(found, model(**batch)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_only_biases_are_trained(faster: Callable[..., None]) -> None:
+    model = sparse_model()
+    faster(dense=1.0, csr=0.5)
+    secateur.choose_kernels(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    model(**tiny_batch("bert"))[0].sum().backward()
+    assert model.bert.encoder.layer[0].attention.self.query.bias.grad is not None
+
+
+def test_a_model_that_is_sliced_later(faster: Callable[..., None]) -> None:
+    model, batch = sparse_model(), tiny_batch("bert")
+    faster(dense=1.0, block=0.5)
+    secateur.choose_kernels(model)
+    keep = secateur.SubNetwork.full(model)
+    keep = secateur.SubNetwork(keep.heads, ((False, *keep.neurons[0][1:]), *keep.neurons[1:]))
+    secateur.apply_edits(model, [Slice(keep)])
+    with torch.inference_mode():
+        found = model(**batch)[0]
+        with dense_products(model):
+            torch.testing.assert_close(found, model(**batch)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_counted_and_measured_with_kernels(faster: Callable[..., None]) -> None:
+    model = sparse_model()
+    full = secateur.SubNetwork.full(model)
+    before = macs(model, 2, 16).of(full)
+    faster(dense=1.0, csr=0.5)
+    found = secateur.measure(model, tokens=16, seconds=0.01, kernels=True)
+    assert not any(isinstance(module, SparseLinear) for module in model.modules()), "the model is left as it was"
+    assert found["kernels"]["ratio"] == found["kernels"]["latency_ms"]["median"] / found["latency_ms"]["median"]
+    assert set(found["kernels"]["choices"][0]["kernels"]) == {8, 16, 32, 128, 512, 2048}
+    secateur.choose_kernels(model)
+    assert macs(model, 2, 16).of(full) == before
+    with pytest.raises(SecateurError, match="prune it first"):
+        secateur.measure(tiny_model("bert"), tokens=16, kernels=True)  # type: ignore[arg-type]
+
+
+def test_weights_that_were_filled_lose_their_kernels(faster: Callable[..., None]) -> None:
+    model = sparse_model()
+    faster(dense=1.0, csr=0.5)
+    secateur.choose_kernels(model)
+    with torch.no_grad():
+        for weight in prunable(model).values():
+            weight.fill_(1)
+    with pytest.raises(SecateurError, match="prune it first"):
+        secateur.choose_kernels(model)
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -173,7 +276,8 @@ def test_training_and_traces_stay_dense_and_later_weights_count(faster: Callable
     [
         (lambda model: model, (0,), "from 1"),
         (lambda model: model, (), "from 1"),
-        (lambda model: model.bfloat16(), (8,), "float32"),
+        (lambda model: model.to(torch.bfloat16), (8,), "float32"),
+        (lambda model: sparse_model("gpt2"), (8,), "No nn.Linear"),
         (lambda model: tiny_model("bert"), (8,), "prune it first"),
     ],
 )

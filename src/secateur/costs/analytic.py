@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from secateur.costs.inputs import dummy_inputs, run
 from secateur.families import Site, UnitKind, in_features, out_features, sites, weight_of
+from secateur.sparsity.linear import dense_products
 from secateur.subnetwork import SubNetwork
 
 __all__ = ["LinearCost", "dummy_inputs", "encoder_params", "file_bytes", "macs", "params", "size_bytes"]
@@ -69,7 +70,7 @@ def macs(model: nn.Module, batch: int = 1, tokens: int = 128) -> LinearCost:
     products: dict[nn.Module, float] = {}
     blocks = {site.module for site in found.heads}
     maps = {m for b in blocks for m in b.modules() if _is_map(m)} | {m for s in found for m, _ in s.cuts}
-    with evaluation(model), _Counter() as counter, ExitStack() as stack:
+    with evaluation(model), dense_products(model), _Counter() as counter, ExitStack() as stack:
         for module in maps:
             stack.callback(module.register_forward_pre_hook(_count_map(linear)).remove)
         for block in blocks:

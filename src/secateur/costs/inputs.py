@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -61,13 +62,20 @@ def special_ids(config: Any) -> set[int]:
 
 def check_length(model: nn.Module, tokens: int) -> None:
     """Raise `InvalidData` if the model's learned position table is shorter than `tokens`."""
+    positions = most_tokens(model)
+    if tokens > positions:
+        raise InvalidData(f"tokens={tokens} is more than this model's {positions} positions: use fewer tokens.")
+
+
+def most_tokens(model: nn.Module) -> int:
+    """Tokens that a model's learned position table has room for; a very large number if it has none."""
+    most = sys.maxsize
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")):
             # RoBERTa and BART keep the first rows of the table for padding
             padding = 0 if module.padding_idx is None else module.padding_idx + 1
-            positions = module.num_embeddings - int(getattr(module, "offset", padding))
-            if tokens > positions:
-                raise InvalidData(f"tokens={tokens} is more than this model's {positions} positions: use fewer tokens.")
+            most = min(most, module.num_embeddings - int(getattr(module, "offset", padding)))
+    return most
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> Any:

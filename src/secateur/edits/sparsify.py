@@ -160,7 +160,8 @@ def sparsified(weights: dict[str, nn.Parameter], values: Values = "fp32", block:
             raise SecateurError(f"{name} is {rows} x {columns} and does not divide into blocks of {block}.")
         if values != "fp32":
             parts = encode(weight.detach(), values, block)
-            weight.data.copy_(decode(parts, (rows, columns), weight.dtype, block))
+            with torch.no_grad():
+                weight.copy_(decode(parts, (rows, columns), weight.dtype, block))
     return Sparsify({name: _blocks_there(weight, block) for name, weight in weights.items()}, values, block)
 
 

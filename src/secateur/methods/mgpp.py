@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from secateur import hub
 from secateur.checks import check_shares
 from secateur.costs.analytic import macs, params
+from secateur.edits import Sparsify
 from secateur.edits.slice import nonzero_units
 from secateur.edits.sparsify import sparsified
 from secateur.errors import InvalidBudget, SecateurError
@@ -59,7 +60,7 @@ class Mgpp(PruningSettings):
         check_shares(self, "distill")
         check_shares(self, "dropout", "beta2", below=True)
         if self._cuts and self.values != "fp32":
-            raise SecateurError(f"mgpp: {self.pattern} are cut out and nothing is stored apart: leave values out.")
+            raise SecateurError(f"mgpp: with {self.pattern} no zeros are stored, so values says nothing: leave it out.")
 
     @property
     def _cuts(self) -> bool:
@@ -77,6 +78,10 @@ class Mgpp(PruningSettings):
         kept = nonzero_units(model) if self._cuts else SubNetwork.full(model)
         if self._cuts:
             slice_zeros(model)
+            for edit in hub.edits_of(model):  # of an earlier run: its weights were trained further
+                if isinstance(edit, Sparsify):
+                    there = {n: weight for n, weight in prunable(model).items() if n in edit.kept}
+                    hub.attach(model, [sparsified(there, edit.values, edit.block)])
         else:
             pruned = prunable(model, self.weights)
             hub.attach(model, [sparsified(pruned, self.values, self._block(model, next(iter(pruned))))])

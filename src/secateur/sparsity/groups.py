@@ -93,7 +93,7 @@ class UnitGroups:
         for site in sites(model):
             found = [(weight_of(module), axis(module, cut.side), cut.parts) for module, cut in site.cuts]
             there = [(names[id(weight)], *rest) for weight, *rest in found if id(weight) in names]
-            if not there or not site.units:
+            if not there:
                 continue
             if len(there) < len(found):
                 raise SecateurError(
@@ -115,28 +115,30 @@ class UnitGroups:
 
     def choose(self, scores: Mapping[str, Tensor], sparsity: float, floor: float) -> dict[str, Tensor]:
         """As few of the lowest units as reach the share go; each block keeps a share `floor` of its units."""
-        signed = {name: score * score.abs() for name, score in scores.items()}
-        ranks = [root(total / size) for total, size in zip(self._sums(signed), self.sizes, strict=True)]
+        signed = {name: score.float() * score.float().abs() for name, score in scores.items()}
+        ranks = [root(total / size).cpu() for total, size in zip(self._sums(signed), self.sizes, strict=True)]
+        if not all(bool(rank.isfinite().all()) for rank in ranks):
+            raise SecateurError("Heads and neurons cannot be ranked: a score is not a finite number.")
         for rank in ranks:
             if keep := least(rank, floor):
                 rank[rank.topk(keep).indices] = torch.inf
         everything = torch.cat(ranks)
         weight = torch.cat([torch.full((n,), size) for n, size in zip(self.units, self.sizes, strict=True)])
-        order = everything.argsort(stable=True).cpu()
+        order = everything.argsort(stable=True)
         gone = weight[order].cumsum(0)
         count = int((gone < sparsity * int(gone[-1]) - 1e-6).sum()) + 1 if sparsity > 0 else 0
         stays = torch.ones(len(order), dtype=torch.bool)
         stays[order[:count]] = False
-        stays |= everything.cpu().isinf()
-        spread = self._spread([part.to(ranks[0].device) for part in stays.split(self.units)])
-        return {name: mask.expand(self.shapes[name]).clone() for name, mask in spread.items()}
+        stays |= everything.isinf()
+        spread = self._spread(list(stays.split(self.units)))
+        return {n: mask.expand(self.shapes[n]).to(scores[n].device, copy=True) for n, mask in spread.items()}
 
     def _sums(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         """Sum over the weights of each unit: (units,) for each block."""
         sums = []
         for members, units in zip(self.members, self.units, strict=True):
             parts = [values[n].movedim(a, 0).reshape(p, units, -1).sum(dim=(0, 2)) for n, a, p in members]
-            sums.append(torch.stack(parts).sum(0))
+            sums.append(torch.stack(parts).sum(0))  # a block lies on one device
         return sums
 
     def _spread(self, values: list[Tensor]) -> dict[str, Tensor]:

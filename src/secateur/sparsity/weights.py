@@ -17,7 +17,8 @@ def prunable(
 ) -> dict[str, nn.Parameter]:
     """Weights of the linear maps that the family table names, by name in the base model: of BERT six in each layer.
 
-    No biases, norms, embeddings, pooler or head. 12·(4·768² + 2·768·3072) = 84,934,656 weights in BERT-base.
+    No biases, norms, embeddings, pooler or head, and none of blocks that lost all their units.
+    12·(4·768² + 2·768·3072) = 84,934,656 weights in BERT-base.
 
     Args:
         model: a model of a known family.
@@ -38,7 +39,7 @@ def prunable(
         for module, _ in site.cuts
         if _is_map(module)
     }
-    named = {name: p for name, p in base_of(model)[0].named_parameters() if id(p) in inside}
+    named = {name: p for name, p in base_of(model)[0].named_parameters() if id(p) in inside and p.numel()}
     found = {name: p for name, p in named.items() if wanted.search(name)}
     if not found:
         raise SecateurError(f"The pattern '{pattern}' matches no weight; there are such as {next(iter(named))}.")

@@ -31,6 +31,7 @@ from secateur.errors import InvalidModel
 from secateur.hub import edits_of
 from secateur.progress import Advance
 from secateur.progress import progress as show_progress
+from secateur.sparsity.selection import Units
 from secateur.tasks.batching import BucketSampler, Encoded, encode, token_limit
 from secateur.tasks.task import Task
 from secateur.train.losses import Objective
@@ -291,9 +292,9 @@ def _arguments(folder: Path, settings: Settings) -> TrainingArguments:
 
 @contextmanager
 def _zeros_held(model: nn.Module, callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
-    """Keep the zeros of a sparse model, unless it is pruned further."""
+    """Keep the zeros of a sparse model, unless other ones are chosen; heads and neurons that go leave them alone."""
     sparse = [edit for edit in edits_of(model) if isinstance(edit, Sparsify)]
-    pruned = any(isinstance(callback, Pruning) for callback in callbacks)
+    pruned = any(isinstance(one, Pruning) and not isinstance(one.pattern, Units) for one in callbacks)
     names = {name for edit in sparse for name in edit.kept}
     handles = hold_zeros(model, names) if names and not pruned else []
     try:

@@ -270,9 +270,10 @@ class Pruning(TrainerCallback):
             return self._state[f"{name}|mean"] * self._state[f"{name}|doubt"]
         return self.parameters[name].detach().abs()
 
+    @torch.no_grad()
     def _apply(self) -> None:
         for name, mask in self._masks.items():
-            self.parameters[name].data.masked_fill_(~mask, 0)
+            self.parameters[name].masked_fill_(~mask, 0)
 
     def _look(self, step: int, optimizer: Any) -> dict[str, float]:
         found = {"step": step, "sparsity": round(sparsity(self._masks), 6)}

@@ -27,7 +27,9 @@ class CsrKernel:
     def __init__(self, weight: Tensor) -> None:
         with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
             warnings.simplefilter("ignore", UserWarning)
-            self.weight = weight.detach().to_sparse_csr()
+            rows = weight.detach().to_sparse_csr()
+            starts, columns = rows.crow_indices().int(), rows.col_indices().int()  # longer ones are converted each time
+            self.weight = torch.sparse_csr_tensor(starts, columns, rows.values(), size=rows.shape)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _finished(self.weight @ x.t().contiguous(), bias)
