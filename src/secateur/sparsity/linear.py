@@ -29,7 +29,7 @@ class SparseLinear(nn.Linear):
         """X Wᵀ + b for x of shape (..., in)."""
         name = self.kernel_for(input)
         if name is None:
-            return super().forward(input)
+            return nn.functional.linear(input, self.weight, self.bias)
         stamp = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
         built = self.built
         if built[0] != stamp:
@@ -45,16 +45,22 @@ class SparseLinear(nn.Linear):
 
     def kernel_for(self, x: Tensor) -> KernelName | None:
         """The kernel for this input; None for the dense product."""
-        if torch.is_grad_enabled():  # a fused optimiser changes weights without a trace
-            self.built = (None, {})
-            return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):  # type: ignore[attr-defined]
-            return None
-        if not (plain(x) and plain(self.weight)) or self.weight.shape != self.planned_shape:
+        if torch.is_grad_enabled():
+            if self.built[0] is not None:  # a fused optimiser changes weights without a trace
+                self.built = (None, {})
             return None
         rows = x.numel() // self.in_features
-        name = next((name for most, name in self.plan.items() if 0 < rows <= most), "dense")
-        return None if name == "dense" else cast(KernelName, name)
+        chosen = "dense"
+        for most, name in self.plan.items():  # the cheap question first: this runs in every map of every pass
+            if rows <= most:
+                chosen = name
+                break
+        if chosen == "dense" or rows == 0 or not (plain(x) and plain(self.weight)):
+            return None
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if traced or torch.is_autocast_enabled("cpu") or self.weight.shape != self.planned_shape:
+            return None
+        return cast(KernelName, chosen)
 
 
 def plan_kernels(linear: nn.Linear, plan: dict[float, str], block: tuple[int, int]) -> None:
@@ -93,4 +99,4 @@ def dense_products(model: nn.Module) -> Iterator[None]:
 
 def plain(tensor: Tensor) -> bool:
     """Whether kernels can multiply it: float32 on a CPU."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return tensor.is_cpu and tensor.dtype == torch.float32
