@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import secateur
 from secateur.cli import app, main
 from tests.unit import tiny_text
 
@@ -60,6 +61,12 @@ def one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         (["compress", "model", "-t", "data.csv", "--split", "dev"], "dev"),
         (["compress", "model", "-t", "data.csv", "--resume"], "no unfinished run"),
         (["evaluate", "model", "-t", "data.csv", "--metric", "bleu"], "bleu"),
+        (["measure", "model", "--tokens", "8", "--kernels"], "prune it first"),
+        (["compress", "model", "-t", "data.csv", "-m", "mgpp", "-s", "pattern=rows"], "A pattern is '1x1'"),
+        (
+            ["compress", "model", "-t", "data.csv", "-m", "mgpp", "-s", "pattern=units", "-s", "values=int8"],
+            "leave it out",
+        ),
         (["report", "model"], "no result"),
         (["export", "model", "-f", "tflite"], "tflite"),
         (["measure", "model", "--tokens", "100"], "64"),
@@ -76,6 +83,21 @@ def test_mistakes_get_one_line(
 
     assert re.search(message, one_line(capsys, monkeypatch, *arguments))
     assert not (work / "out").exists()
+
+
+def test_measure_with_sparse_kernels(work: Path) -> None:
+    model = tiny_text.model()
+    for layer in model.bert.encoder.layer:
+        layer.output.dense.weight.data[:, 2:] = 0
+    secateur.sparsify(model).save_pretrained(work / "sparse")
+    arguments = ["measure", "sparse", "--tokens", "8", "--seconds", "0.1", "--kernels"]
+    shown = runner.invoke(app, arguments)
+    assert shown.exit_code == 0
+    assert "2 maps of 16 x 24, 92% zeros, rows: " in shown.stdout
+    assert "kernels (latency_ms (median " in shown.stdout
+    found = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)["kernels"]
+    assert found["choices"][0]["shape"] == [16, 24]
+    assert found["ratio"] > 0
 
 
 def test_unseen_class_nan_and_pickle(
