@@ -321,14 +321,14 @@ class Until(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
-def _compress(model: Path, out: Path, score: str, *, resume: bool = False) -> subprocess.Popen[bytes]:
+def _compress(model: Path, out: Path, settings: dict[str, str], *, resume: bool = False) -> subprocess.Popen[bytes]:
     code = f"""
 import torch; torch.set_num_threads(1)
 import secateur, secateur.train.loop
 secateur.train.loop.CHECKPOINT_SECONDS = 0
 from tests.contract.test_mgpp import MGPP
 from tests.contract.test_methods import tiny_task
-method = secateur.Mgpp(**{{**MGPP, "epochs": 8, "score": {score!r}}})
+method = secateur.Mgpp(**{{**MGPP, "epochs": 8, **{settings!r}}})
 secateur.compress({str(model)!r}, method, task=tiny_task(200), out={str(out)!r}, resume={resume}, seconds=0.05)
 """
     return subprocess.Popen(
@@ -336,13 +336,15 @@ secateur.compress({str(model)!r}, method, task=tiny_task(200), out={str(out)!r},
     )
 
 
-@pytest.mark.parametrize("score", ["prior", "platon", "movement"])
-def test_killed_training_resumes_to_the_same_mask(score: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"score": "prior"}, {"score": "platon"}, {"score": "movement", "pattern": "units"}]
+)
+def test_killed_training_resumes_to_the_same_mask(settings: dict[str, str], tmp_path: Path) -> None:
     """SIGKILL while it prunes; weights and zeros end the same, bit by bit."""
     tiny_model("bert").save_pretrained(tmp_path / "dense")  # type: ignore[operator]
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    assert _compress(tmp_path / "dense", tmp_path / "whole", score).wait(300) == 0
-    run = _compress(tmp_path / "dense", tmp_path / "out", score)
+    assert _compress(tmp_path / "dense", tmp_path / "whole", settings).wait(300) == 0
+    run = _compress(tmp_path / "dense", tmp_path / "out", settings)
     checkpoints = tmp_path / "out.run" / "training"
     deadline = time.monotonic() + 300
 
@@ -355,7 +357,7 @@ def test_killed_training_resumes_to_the_same_mask(score: str, tmp_path: Path) ->
     assert run.poll() is None  # killed in the middle of the pruning: it begins at step 8 of 80 and ends at 71
     run.send_signal(signal.SIGKILL)
     run.wait()
-    last = _compress(tmp_path / "dense", tmp_path / "out", score, resume=True)
+    last = _compress(tmp_path / "dense", tmp_path / "out", settings, resume=True)
     assert last.wait(300) == 0, last.stderr.read()  # type: ignore[union-attr]
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert whole.keys() == resumed.keys()
