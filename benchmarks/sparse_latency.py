@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from typing import Any
 
 import torch
 from common import HERE, setting, write
-from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import secateur
-from secateur.costs.analytic import evaluation
-from secateur.costs.timers import pass_of, sample, summarise
-from secateur.sparsity.linear import SparseLinear
+from secateur.runtime.choice import time_kernels
 from secateur.sparsity.selection import Blocks, choose
 from secateur.sparsity.weights import prunable
 
@@ -49,24 +45,6 @@ def sparse(shape: str, blocks: Blocks, share: float) -> Any:
     return secateur.sparsify(model, block=(blocks.rows, blocks.columns))
 
 
-def times(model: Any, batch: int, tokens: int, seconds: float) -> dict[str, Any]:
-    """The model with its kernels and without: the same tensors, since copies may lie less well in memory."""
-    maps = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    step = pass_of(model, batch, tokens)
-
-    def run(kind: type) -> None:
-        for module in maps:
-            module.__class__ = kind
-        step()
-
-    runners = {"dense": partial(run, nn.Linear), "sparse": partial(run, SparseLinear)}
-    with evaluation(model), torch.inference_mode():
-        found = sample(runners, seconds, 10)
-    for module in maps:
-        module.__class__ = SparseLinear
-    return {kind: summarise(durations, model, batch, tokens) for kind, durations in found.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
@@ -83,7 +61,8 @@ def main() -> None:
                 model = sparse(shape, blocks, percent / 100)
                 taken = secateur.choose_kernels(model)
                 for batch, tokens in CASES:
-                    found = times(model, batch, tokens, arguments.seconds)
+                    timings = time_kernels(model, batch, tokens, seconds=arguments.seconds)
+                    found = dict(zip(("dense", "sparse"), timings, strict=True))
                     row = {"shape": shape, "zeros": name, "sparsity": percent, "batch": batch, "tokens": tokens}
                     row |= {"threads": arguments.threads}
                     row |= {f"{kind} ms": round(timing.median, 2) for kind, timing in found.items()}

@@ -29,9 +29,8 @@ from secateur.methods import method_of
 from secateur.report import write_dial
 from secateur.results import Measurement, Result, versions, vocabulary_digest, weights_digest
 from secateur.run import Job, Method, Run
-from secateur.runtime.choice import ROWS, choose_kernels
+from secateur.runtime.choice import ROWS, choose_kernels, time_kernels
 from secateur.search.allocate import allocate
-from secateur.sparsity.linear import dense_products
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Evaluation, Task, check_labels, load_task, median_tokens
 from secateur.tasks import evaluate as evaluate_model
@@ -304,9 +303,7 @@ def measure(
         if kernels:
             fast = copy.deepcopy(net)
             choices = choose_kernels(fast, {*ROWS, batch * length})
-            with dense_products(net):
-                timings = time_interleaved({"dense": net, "kernels": fast}, batch, length, seconds=seconds)
-            timing, with_kernels = timings["dense"], timings["kernels"]
+            timing, with_kernels = time_kernels(fast, batch, length, seconds=seconds)
         else:
             timing = time_model(net, batch, length, seconds=seconds)
         counted = asdict(_measured(net, batch, length, {}, timing))

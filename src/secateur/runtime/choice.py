@@ -14,7 +14,7 @@ from torch import nn
 
 from secateur.costs.analytic import evaluation
 from secateur.costs.inputs import most_tokens
-from secateur.costs.timers import pass_of, sample
+from secateur.costs.timers import Timing, pass_of, sample, summarise
 from secateur.edits import Sparsify
 from secateur.errors import SecateurError
 from secateur.hub import edits_of
@@ -125,12 +125,6 @@ def _measured(maps: dict[str, nn.Linear], block: tuple[int, int], rows: Sequence
 def _check_model(model: nn.Module, owners: Sequence[nn.Linear], choices: Sequence[Choice], rows: Sequence[int]) -> None:
     """Set all maps back to the dense product at numbers of rows where the model as a whole is not faster."""
     plans = [cast(SparseLinear, owner).plan for owner in owners]
-
-    def run(sparse: bool, step: Callable[[], object]) -> None:
-        for owner in owners:
-            owner.__class__ = SparseLinear if sparse else nn.Linear
-        step()
-
     try:
         for count in rows:
             if all(choice.kernels[count] == "dense" for choice in choices):
@@ -138,26 +132,61 @@ def _check_model(model: nn.Module, owners: Sequence[nn.Linear], choices: Sequenc
             for owner, plan in zip(owners, plans, strict=True):
                 owner.__dict__["plan"] = {math.inf: plan[count]}  # the rows of whole examples may be others
                 owner.__dict__["built"] = (None, {})
-            if not _faster(model, owners[0], count, run):
+            if not _faster(model, owners, count):
                 for choice in choices:
                     choice.kernels[count] = "dense"
     finally:
         for owner, plan in zip(owners, plans, strict=True):
-            owner.__class__ = SparseLinear
             owner.__dict__ |= {"plan": plan, "built": (None, {})}
 
 
-def _faster(model: nn.Module, owner: nn.Linear, count: int, run: Callable[[bool, Callable[[], object]], None]) -> bool:
+def _faster(model: nn.Module, owners: Sequence[nn.Linear], count: int) -> bool:
     """Whether the model is clearly faster with kernels, at about so many rows; not if an example has more."""
     tokens = min(count, MODEL_TOKENS, most_tokens(model))
     seen: list[int] = []  # rows of one example: a text's tokens, an image's patches
     with evaluation(model), torch.inference_mode():
-        with owner.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel())):
+        with owners[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel())):
             pass_of(model, 1, tokens)()
         batch = count // seen[0]
         if not batch:
             return False
-        step = pass_of(model, batch, tokens)
-        runners = {"dense": partial(run, False, step), "sparse": partial(run, True, step)}
-        found = {name: median(durations) for name, durations in sample(runners, MODEL_SECONDS, 9).items()}
-    return found["sparse"] <= MODEL_GAIN * found["dense"]
+        found = _in_turns(owners, pass_of(model, batch, tokens), MODEL_SECONDS, 9)
+    return median(found["sparse"]) <= MODEL_GAIN * median(found["dense"])
+
+
+def time_kernels(
+    model: nn.Module, batch: int = 1, tokens: int = 128, *, seconds: float = 4.0, min_runs: int = 10
+) -> tuple[Timing, Timing]:
+    """Time a model without its kernels and with them, in turns.
+
+    The tensors are the same: copies of a model differ in speed by how they lie in memory.
+
+    Args:
+        model: a model that kernels were chosen for.
+        batch: examples per pass.
+        tokens: tokens per example.
+        seconds: how long to measure both together, warm-up not included.
+        min_runs: passes of each to measure even if that takes longer.
+    """
+    owners = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    with evaluation(model), torch.inference_mode():
+        found = _in_turns(owners, pass_of(model, batch, tokens), seconds, min_runs)
+    dense, sparse = (summarise(found[kind], model, batch, tokens) for kind in ("dense", "sparse"))
+    return dense, sparse
+
+
+def _in_turns(
+    owners: Sequence[nn.Linear], step: Callable[[], object], seconds: float, min_runs: int
+) -> dict[str, list[float]]:
+    """Milliseconds of a pass with all maps dense, and with their kernels, which are there afterwards."""
+
+    def run(kind: type[nn.Linear]) -> None:
+        for owner in owners:
+            owner.__class__ = kind
+        step()
+
+    try:
+        return sample({"dense": partial(run, nn.Linear), "sparse": partial(run, SparseLinear)}, seconds, min_runs)
+    finally:
+        for owner in owners:
+            owner.__class__ = SparseLinear
