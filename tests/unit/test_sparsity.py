@@ -182,8 +182,8 @@ def test_a_threshold_that_no_spike_has() -> None:
 
 def test_the_usual_spike_follows_the_learning_rate() -> None:
     settings = PruningSettings()
-    assert settings.prior(5e-5).threshold == pytest.approx(1.5e-4)
-    assert settings.prior(5e-4).threshold == pytest.approx(1.5e-3)
+    assert settings.prior(5e-5).threshold == pytest.approx(7.5e-5)
+    assert settings.prior(5e-4).threshold == pytest.approx(7.5e-4)
     assert PruningSettings(spike=1e-9).prior(5e-4).spike == 1e-9
 
 
