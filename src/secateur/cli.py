@@ -363,7 +363,9 @@ def _show_settings(at: Callable[[float | None], dict[str, Any]], speedups: list[
 
     def line(record: dict[str, Any]) -> None:
         shown = {key: value for key, value in record.items() if key != "machine"}
-        for choice in (shown.get("kernels") or {}).pop("choices", ()):
+        if "kernels" in record:
+            shown["kernels"] = {key: value for key, value in record["kernels"].items() if key != "choices"}
+        for choice in record.get("kernels", {}).get("choices", ()):
             (out, inputs), where = choice["shape"], choice["kernels"]
             taken = ", ".join(f"{name} to {rows}" for rows, name in where.items())
             typer.echo(f"{len(choice['maps'])} maps of {out} x {inputs}, {choice['sparsity']:.0%} zeros, rows: {taken}")

@@ -88,7 +88,7 @@ def choose_kernels(model: nn.Module, rows: Iterable[int] = ROWS, *, seconds: flo
             kind = (weight.shape, blocks.get(name), owner.bias is None, math.floor(2 * math.log2(max(share, 1e-3))))
             kinds.setdefault(kind, {})[name] = owner
     if not kinds:
-        raise SecateurError("No nn.Linear of the model's layers has half its weights at zero: prune it first, as mgpp.")
+        raise SecateurError("No nn.Linear of the model's layers has half its weights at zero: prune it first (mgpp).")
     choices = []
     for maps in kinds.values():
         block = blocks.get(next(iter(maps)), (1, 1))
