@@ -155,6 +155,23 @@ def test_a_model_computes_the_same(family: str, kernel: str, faster: Callable[..
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
+def test_only_maps_that_gain_are_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparse_model()
+
+    def sample(runners: Mapping[str, Callable[[], Tensor]], *_: Any) -> dict[str, list[float]]:
+        if "sparse" in runners:
+            return {"dense": [1.0], "sparse": [0.5]}
+        wide = runners["dense"]().shape[1] > 32  # only maps into the neurons gain
+        return {name: [0.5 if wide and name == "csr" else 1.0] for name in runners}
+
+    monkeypatch.setattr(choice, "sample", sample)
+    found = secateur.choose_kernels(model, rows=(32,))
+    gained = {name for one in found if one.kernels[32] == "csr" for name in one.maps}
+    changed = {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    assert changed == {f"bert.{name.removesuffix('.weight')}" for name in gained}
+    assert {name.rpartition(".layer.")[2][2:] for name in changed} == {"intermediate.dense"}
+
+
 def test_what_is_not_faster_stays_dense(faster: Callable[..., None]) -> None:
     model = sparse_model()
     faster(dense=1.0, csr=0.5)

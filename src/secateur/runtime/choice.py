@@ -97,8 +97,10 @@ def choose_kernels(model: nn.Module, rows: Iterable[int] = ROWS, *, seconds: flo
             plan_kernels(owner, choice.kernels, block)  # type: ignore[arg-type]  # one plan for all: the choice's own
         choices.append(choice)
     _check_model(model, [owner for maps in kinds.values() for owner in maps.values()], choices, counts)
-    if all(name == "dense" for choice in choices for name in choice.kernels.values()):
-        drop_kernels(model)
+    for maps, choice in zip(kinds.values(), choices, strict=True):
+        if all(name == "dense" for name in choice.kernels.values()):
+            for owner in maps.values():
+                drop_kernels(owner)
     return choices
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ class MixturePrior:
         return g.mul_(1 / self.spike - 1 / self.slab).add_(1 / self.slab) * w
 
 
+@cache  # asked for every matrix in every step
 def spike_for(threshold: float, slab_share: float, slab: float) -> float:
     """v0, the variance of the spike whose threshold w* is as asked for: the inverse of `MixturePrior.threshold`.
 

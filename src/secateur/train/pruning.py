@@ -46,8 +46,8 @@ class PruningSettings:
         interval: steps between choices.
         slab_share: λ of the prior: probability of the slab.
         slab_last: share of λ that annealing ends at.
-        spike: v0, variance of the spike; None takes the one whose w* is `RATES` times the peak learning rate, so that
-            the prior holds weights at zero whatever the rate.
+        spike: v0, variance of the spike; None takes the one whose w* is 1.5 times the peak learning rate, so that the
+            prior holds weights at zero whatever the rate.
         slab: v1, variance of the slab.
         anneal: "slab" lowers λ while pruning, "strength" raises the prior before pruning starts, or "none".
         memory: β1 of "platon".
