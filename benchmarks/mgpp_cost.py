@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from common import HERE, real, setting, write
+from mgpp_quality import METHODS
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from secateur.tasks import batches
@@ -48,7 +49,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--scores", nargs="*", default=["prior", "magnitude", "platon", "movement"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["prior", "magnitude", "platon", "movement"])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -57,10 +58,10 @@ def main() -> None:
     model.train()
     args = TrainingArguments("unused", use_cpu=True, report_to="none")
     record: dict[str, Any] = {**setting(), "rows": []}
-    for score in arguments.scores:
+    for name in arguments.methods:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         state = TrainerState(max_steps=10**6, global_step=0)
-        pruning = Pruning(0.9, PruningSettings(score=score, before=0.0, after=0.0, interval=STEPS))  # type: ignore[arg-type]
+        pruning = Pruning(0.9, PruningSettings(**METHODS[name], before=0.0, after=0.0, interval=STEPS))
         pruning.on_train_begin(
             args, state, TrainerControl(), model=model, train_dataloader=_Rows(len(task.train or ()))
         )
@@ -70,7 +71,7 @@ def main() -> None:
         pairs = [(block(True), block(False)) for _ in range(arguments.rounds)]
         ratios = sorted(a / b for a, b in pairs)
         row = {
-            "score": score,
+            "method": name,
             "plain ms": round(1000 * statistics.median(b for _, b in pairs) / STEPS, 1),
             "ratio": round(statistics.median(ratios), 4),
             "lowest": round(ratios[0], 4),

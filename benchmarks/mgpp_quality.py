@@ -32,14 +32,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "prior, strength annealed": {"anneal": "strength", "slab_share": 1e-7},
     "prior, constant": {"anneal": "none", "slab_share": 1e-3},
     "slab alone": {"anneal": "none", "spike": 0.1},  # plain L2 of the same strength
-    "magnitude": {"score": "magnitude"},
-    "platon": {"score": "platon"},
-    "movement": {"score": "movement"},
+    "prior, platon's ranking": {"score": "platon"},
+    "slab alone, platon's ranking": {"score": "platon", "anneal": "none", "spike": 0.1},
+    "magnitude": {"prior": False},
+    "platon": {"prior": False, "score": "platon"},
+    "movement": {"prior": False, "score": "movement"},
     "prior, blocks of 32 x 32": {"pattern": "32x32"},
     "prior, blocks of 16 x 4": {"pattern": "16x4"},
     "prior, 2:4": {"pattern": "2:4"},
     "prior, heads and neurons": {"pattern": "units"},
-    "magnitude, heads and neurons": {"score": "magnitude", "pattern": "units"},
+    "magnitude, heads and neurons": {"prior": False, "pattern": "units"},
 }
 
 

@@ -36,7 +36,14 @@ from tests.conftest import ENCODERS, tiny_model
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
 
 MGPP: dict[str, Any] = dict(epochs=3, lr=1e-3, batch_size=16, interval=2)
-SCORES = ["prior", "magnitude", "platon", "movement"]
+RANKED: dict[str, dict[str, Any]] = {
+    "prior": {},
+    "prior, platon's ranking": {"score": "platon"},
+    "magnitude": {"prior": False},
+    "platon": {"score": "platon", "prior": False},
+    "movement": {"score": "movement", "prior": False},
+}
+EACH = pytest.mark.parametrize("ranked", RANKED.values(), ids=RANKED)
 
 
 def sparse_bert(share: float = 0.9, values: Any = "fp32") -> Any:
@@ -79,10 +86,10 @@ def test_every_family_meets_its_sparsity_and_round_trips(family: str, tmp_path: 
     assert "70" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("score", SCORES)
+@EACH
 @pytest.mark.parametrize(("pattern", "share"), [("1x1", 0.8), ("4x2", 0.6), ("2:4", 0.5)])
-def test_scores_and_patterns(score: str, pattern: str, share: float) -> None:
-    method = secateur.Mgpp(**MGPP, score=score, pattern=pattern)  # type: ignore[arg-type]
+def test_scores_and_patterns(ranked: dict[str, Any], pattern: str, share: float) -> None:
+    method = secateur.Mgpp(**MGPP, **ranked, pattern=pattern)
     result = compress(
         tiny_model("bert"), method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget=f"sparsity>={share}"
     )
@@ -98,7 +105,7 @@ def test_scores_and_patterns(score: str, pattern: str, share: float) -> None:
             assert int(weight.detach().ne(0).unflatten(1, (-1, 4)).sum(dim=-1).max()) <= 2
 
 
-@pytest.mark.parametrize(("pattern", "score"), [("units", "prior"), ("neurons", "movement"), ("heads", "platon")])
+@pytest.mark.parametrize(("pattern", "score"), [("units", "magnitude"), ("neurons", "movement"), ("heads", "platon")])
 def test_whole_units_are_cut_out(pattern: str, score: str, tmp_path: Path) -> None:
     share = {"units": 0.5, "neurons": 0.35, "heads": 0.2}[pattern]
     method = secateur.Mgpp(**MGPP, score=score, pattern=pattern)  # type: ignore[arg-type]
@@ -126,14 +133,14 @@ def test_whole_units_are_cut_out(pattern: str, score: str, tmp_path: Path) -> No
         secateur.Mgpp(pattern=pattern, values="int8")
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_units_of_a_sparse_model_that_lost_a_layer(score: str, tmp_path: Path) -> None:
+@EACH
+def test_units_of_a_sparse_model_that_lost_a_layer(ranked: dict[str, Any], tmp_path: Path) -> None:
     model = sparse_bert(0.9, "int8")
     full = secateur.SubNetwork.full(model)
     kept = secateur.SubNetwork((tuple(False for _ in full.heads[0]), *full.heads[1:]), full.neurons)
     secateur.apply_edits(model, [secateur.Slice(kept)])
     hub.attach(model, [secateur.Slice(kept)])
-    method = secateur.Mgpp(**MGPP, score=score, pattern="units")  # type: ignore[arg-type]
+    method = secateur.Mgpp(**MGPP, **ranked, pattern="units")
     result = compress(
         model, method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="sparsity>=50%", out=tmp_path / "out"
     )
@@ -228,14 +235,14 @@ def _rows(kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["bert", "qa", "deberta-v2", "bart", "t5", "gpt2"])
-@pytest.mark.parametrize("score", ["prior", "movement"])
-def test_any_trainer_takes_it(kind: str, score: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranked", [RANKED[name] for name in ("prior", "movement")], ids=["prior", "movement"])
+def test_any_trainer_takes_it(kind: str, ranked: dict[str, Any], tmp_path: Path) -> None:
     """Classification, answers, sequence to sequence and language modelling, with gradient accumulation."""
     torch.manual_seed(0)
     model: Any = (
         AutoModelForQuestionAnswering.from_config(tiny_model("bert").config) if kind == "qa" else tiny_model(kind)  # type: ignore[arg-type]
     )
-    settings = PruningSettings(score=score, interval=1, before=0.2, after=0.2, spike=1e-6)
+    settings = PruningSettings(**ranked, interval=1, before=0.2, after=0.2, spike=1e-6)
     pruning = Pruning(0.75, settings)
     arguments = TrainingArguments(
         str(tmp_path), max_steps=10, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
@@ -251,7 +258,7 @@ def test_any_trainer_takes_it(kind: str, score: Any, tmp_path: Path) -> None:
     logs = [row for row in trainer.state.log_history if "sparsity" in row]
     assert logs[-1]["sparsity"] == pytest.approx(0.75, abs=2e-4)
     assert set(pruning.sparsities()) == set(weights)
-    if score == "prior":
+    if settings.prior:
         assert all(row["in_spike"] >= row["sparsity"] for row in pruning.history)
         assert pruning.history[0]["spike_over_lr"] > 0
     if kind == "bart":  # self- and cross-attention and both maps of two stacks
@@ -269,11 +276,11 @@ def test_the_prior_touches_no_other_gradient_and_comes_once(tmp_path: Path) -> N
             if state.global_step == 0:
                 self.grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    found = {}
-    for score in ("magnitude", "prior"):
+    found: dict[bool, dict[str, Tensor]] = {}
+    for prior in (False, True):
         model: Any = tiny_model("bert")
         model.eval()
-        keep, pruning = Keep(), Pruning(0.5, PruningSettings(score=score, before=0.4, anneal="none"))  # type: ignore[arg-type]
+        keep, pruning = Keep(), Pruning(0.5, PruningSettings(prior=prior, before=0.4, anneal="none"))
         arguments = TrainingArguments(
             str(tmp_path), max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, use_cpu=True,
             report_to="none", save_strategy="no", max_grad_norm=0.01,
@@ -283,19 +290,19 @@ def test_the_prior_touches_no_other_gradient_and_comes_once(tmp_path: Path) -> N
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         Trainer(model, arguments, train_dataset=_rows("bert"), callbacks=[pruning, keep]).train()  # type: ignore[arg-type]
-        found[score] = keep.grads
+        found[prior] = keep.grads
     model = tiny_model("bert")
     weights = {f"bert.{name}": weight for name, weight in prunable(model).items()}
-    pull = PruningSettings().prior(5e-5).pull
-    for name, grad in found["prior"].items():
+    pull = PruningSettings().mixture(5e-5).pull
+    for name, grad in found[True].items():
         added = pull(weights[name].detach()) / 16 if name in weights else 0
-        expected = found["magnitude"][name] + added
+        expected = found[False][name] + added
         assert torch.equal(grad, expected) if name not in weights else torch.allclose(grad, expected, rtol=1e-5)
 
 
 def test_until_it_prunes_magnitude_is_plain_fine_tuning(tmp_path: Path) -> None:
     ends = []
-    for callbacks in ([], [Pruning(0.5, PruningSettings(score="magnitude", before=0.8, after=0.0))]):
+    for callbacks in ([], [Pruning(0.5, PruningSettings(prior=False, before=0.8, after=0.0))]):
         model: Any = tiny_model("bert")
         arguments = TrainingArguments(
             str(tmp_path),
@@ -321,7 +328,7 @@ class Until(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
-def _compress(model: Path, out: Path, settings: dict[str, str], *, resume: bool = False) -> subprocess.Popen[bytes]:
+def _compress(model: Path, out: Path, settings: dict[str, Any], *, resume: bool = False) -> subprocess.Popen[bytes]:
     code = f"""
 import torch; torch.set_num_threads(1)
 import secateur, secateur.train.loop
@@ -336,10 +343,8 @@ secateur.compress({str(model)!r}, method, task=tiny_task(200), out={str(out)!r},
     )
 
 
-@pytest.mark.parametrize(
-    "settings", [{"score": "prior"}, {"score": "platon"}, {"score": "movement", "pattern": "units"}]
-)
-def test_killed_training_resumes_to_the_same_mask(settings: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"score": "platon"}, {"score": "movement", "pattern": "units"}])
+def test_killed_training_resumes_to_the_same_mask(settings: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL while it prunes; weights and zeros end the same, bit by bit."""
     tiny_model("bert").save_pretrained(tmp_path / "dense")  # type: ignore[operator]
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
@@ -379,7 +384,7 @@ class InOrder(Trainer):
     def _get_train_sampler(self, *args, **kwargs):
         return SequentialSampler(self.train_dataset)
 
-model, score, batch = tiny_model("bert"), sys.argv[2], int(sys.argv[3])
+model, score, prior, batch = tiny_model("bert"), sys.argv[2], sys.argv[3] == "True", int(sys.argv[4])
 for module in model.modules():
     if isinstance(module, torch.nn.Dropout):
         module.p = 0.0
@@ -387,7 +392,7 @@ arguments = TrainingArguments(
     sys.argv[1] + "/run", max_steps=8, per_device_train_batch_size=batch, use_cpu=True, report_to="none",
     save_strategy="no", learning_rate=1e-3, max_grad_norm=1.0,
 )
-pruning = Pruning(0.75, PruningSettings(score=score, interval=1))
+pruning = Pruning(0.75, PruningSettings(score=score, prior=prior, interval=1))
 trainer = InOrder(model, arguments, train_dataset=_rows("bert"), callbacks=[pruning])
 trainer.train()
 save_file({name: w.detach().clone() for name, w in prunable(model).items()},
@@ -395,11 +400,11 @@ save_file({name: w.detach().clone() for name, w in prunable(model).items()},
 """
 
 
-@pytest.mark.parametrize("score", ["prior", "platon"])
-def test_two_processes_choose_the_masks_of_one(score: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("score", "prior"), [("magnitude", True), ("platon", False)])
+def test_two_processes_choose_the_masks_of_one(score: str, prior: bool, tmp_path: Path) -> None:
     """Data parallel over gloo, half of each batch in each process."""
     (tmp_path / "train.py").write_text(PARALLEL)
-    script = [str(tmp_path / "train.py"), str(tmp_path), score]
+    script = [str(tmp_path / "train.py"), str(tmp_path), score, str(prior)]
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script, "4"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     for command in (two, [sys.executable, *script, "8"]):
@@ -410,7 +415,7 @@ def test_two_processes_choose_the_masks_of_one(score: str, tmp_path: Path) -> No
     differ = sum(int(((one[name] == 0) != (first[name] == 0)).sum()) for name in one)
     # gradients are added up in another order: scores made of gradients move in their last digits, sizes do not pass
     # one another for that
-    assert differ == 0 if score == "prior" else differ <= 0.01 * sum(weight.numel() for weight in one.values())
+    assert differ == 0 if score == "magnitude" else differ <= 0.01 * sum(weight.numel() for weight in one.values())
     assert sparsity(one) == pytest.approx(0.75, abs=1e-3)
 
 
@@ -433,7 +438,7 @@ def test_two_processes_choose_the_masks_of_one(score: str, tmp_path: Path) -> No
         ({"slab_last": 0}, None, "slab_last is above 0"),
         ({}, "sparsity>=99.5%", "a share of 0.99 can .* nearest feasible budget is sparsity>=0.99."),
         ({"weights": "self.query"}, None, "nearest feasible budget is sparsity>=0.1"),
-        ({"score": "taylor"}, None, "score is prior or magnitude or platon or movement"),
+        ({"score": "taylor"}, None, "score is magnitude or platon or movement"),
         ({"lr": 1e30}, None, "lower lr"),
         ({"lr": 1e30, "spike": 1e-9}, None, "training diverged"),
     ],

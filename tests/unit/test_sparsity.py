@@ -134,6 +134,14 @@ def test_kth_smallest_is_exact_over_tensors_and_types() -> None:
         kth_smallest([torch.tensor([1.0, math.nan])], 1)
 
 
+def test_kth_smallest_where_a_sample_misleads() -> None:
+    values = torch.arange(6400.0)
+    values[::64] = 1e6  # all that is sampled
+    assert kth_smallest([values], 3000) == float(values.sort().values[2999])
+    values = torch.cat([torch.zeros(10_000), torch.arange(1.0, 101.0)])
+    assert [kth_smallest([values], k) for k in (1, 10_000, 10_001, 10_100)] == [0, 0, 1, 100]
+
+
 def test_kth_smallest_beyond_2_to_the_24() -> None:
     n = 2**24 + 3
     values = torch.arange(n, dtype=torch.int32).float()  # the last ones are rounded to even numbers
@@ -182,9 +190,9 @@ def test_a_threshold_that_no_spike_has() -> None:
 
 def test_the_usual_spike_follows_the_learning_rate() -> None:
     settings = PruningSettings()
-    assert settings.prior(5e-5).threshold == pytest.approx(7.5e-5)
-    assert settings.prior(5e-4).threshold == pytest.approx(7.5e-4)
-    assert PruningSettings(spike=1e-9).prior(5e-4).spike == 1e-9
+    assert settings.mixture(5e-5).threshold == pytest.approx(7.5e-5)
+    assert settings.mixture(5e-4).threshold == pytest.approx(7.5e-4)
+    assert PruningSettings(spike=1e-9).mixture(5e-4).spike == 1e-9
 
 
 def test_blocks_go_by_the_root_of_their_mean_square() -> None:

@@ -64,7 +64,12 @@ class MixturePrior:
         Args:
             squares: w², or ‖w‖² of groups, float32 or float64.
         """
-        return (squares * -self.sharpness).sub_(self.offset).sigmoid_()
+        return squares.new_tensor(-self.offset).sub(squares, alpha=self.sharpness).sigmoid_()
+
+    def precision(self, squares: Tensor) -> Tensor:
+        """g/v0 + (1 - g)/v1: the prior draws a weight to zero by so much times the weight; shape and units of 1/w²."""
+        # in place: this runs over every weight in every step
+        return self.spike_probability(squares).mul_(1 / self.spike - 1 / self.slab).add_(1 / self.slab)
 
     def pull(self, weight: Tensor, squares: Tensor | None = None) -> Tensor:
         """-d/dw ln π(w) = w (g/v0 + (1 - g)/v1): what is added, over N, to the gradient of a mean loss.
@@ -77,9 +82,7 @@ class MixturePrior:
             The pull, of the weights' shape, float32 or float64.
         """
         w = weight if weight.dtype == torch.float64 else weight.float()
-        g = self.spike_probability(w.square() if squares is None else squares)
-        # in place: this runs over every weight in every step
-        return g.mul_(1 / self.spike - 1 / self.slab).add_(1 / self.slab) * w
+        return self.precision(w.square() if squares is None else squares) * w
 
 
 @cache  # asked for every matrix in every step

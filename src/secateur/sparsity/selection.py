@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,33 +14,45 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 _HALF = 1 << 16
+_EACH = 64  # one of so many values is in the sample
 
 
 def kth_smallest(tensors: Sequence[Tensor], k: int) -> float:
     """The k-th smallest value, from 1, of all tensors together.
 
-    Exact for float32 and narrower types, without putting the tensors together or sorting them: float32 bit patterns,
-    read as whole numbers, have the order of the values, so two histograms of 2¹⁶ bins find it.
+    Exact for float32 and narrower types, without sorting them all: a sample brackets it, and float32 bit patterns of
+    what lies between, read as whole numbers, have the order of the values, so two histograms of 2¹⁶ bins find it.
 
     Raises:
         SecateurError: a value is not finite, or there are fewer than k.
     """
     if not 1 <= k <= sum(tensor.numel() for tensor in tensors):
         raise SecateurError(f"There is no {k}th of {sum(tensor.numel() for tensor in tensors)} values.")
-    high, before = _bin((_ordered(tensor) >> 16 for tensor in tensors), k, offset=_HALF // 2)
-    keys = (_ordered(tensor) for tensor in tensors)  # once more, so that only one matrix's are there at a time
+    values = [tensor.detach().reshape(-1).float() for tensor in tensors if tensor.numel()]
+    if not all(bool(torch.stack(value.aminmax()).isfinite().all()) for value in values):
+        raise SecateurError("Weights cannot be ranked: a score is not a finite number.")
+    near, k = _narrowed(values, k)
+    high, before = _bin((_ordered(value) >> 16 for value in near), k, offset=_HALF // 2)
+    keys = (_ordered(value) for value in near)  # once more, so that only one matrix's are there at a time
     lows = (key[(key >> 16) == high - _HALF // 2] & (_HALF - 1) for key in keys)
     low, _ = _bin(lows, k - before, offset=0)
     found = torch.tensor(((high - _HALF // 2) << 16) | low, dtype=torch.int32)
     return float(_swapped(found).view(torch.float32))
 
 
-def _ordered(tensor: Tensor) -> Tensor:
+def _narrowed(values: Sequence[Tensor], k: int) -> tuple[Sequence[Tensor], int]:
+    """The values that a sample's neighbours of the k-th enclose, and which of them is the k-th; all if they miss it."""
+    sample = torch.cat([value[::_EACH].cpu() for value in values]).sort().values
+    place, room = k * len(sample) // sum(value.numel() for value in values), 4 * math.isqrt(len(sample))
+    lowest, highest = float(sample[max(place - room, 0)]), float(sample[min(place + room, len(sample) - 1)])
+    inside = torch.cat([value[(value >= lowest) & (value <= highest)].cpu() for value in values])
+    below = sum(int((value < lowest).sum()) for value in values)
+    return ([inside], k - below) if below < k <= below + len(inside) else (values, k)
+
+
+def _ordered(values: Tensor) -> Tensor:
     """Whole numbers in the order of the values; -0 counts as 0."""
-    values = tensor.detach().reshape(-1).float() + 0.0
-    if not bool(values.isfinite().all()):
-        raise SecateurError("Weights cannot be ranked: a score is not a finite number.")
-    return _swapped(values.view(torch.int32))
+    return _swapped((values + 0.0).view(torch.int32))
 
 
 def _swapped(bits: Tensor) -> Tensor:

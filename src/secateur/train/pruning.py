@@ -23,7 +23,7 @@ from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_st
 from secateur.sparsity.selection import pattern_of
 from secateur.sparsity.weights import prunable, sparsity
 
-Score = Literal["prior", "magnitude", "platon", "movement"]
+Score = Literal["magnitude", "platon", "movement"]
 STATE = "pruning.safetensors"
 RATES = 1.5  # w* over the peak learning rate; 1 to 3 in the authors' settings
 
@@ -33,9 +33,10 @@ class PruningSettings:
     """What decides which weights go.
 
     Attributes:
-        score: "prior" ranks by size under MGPP's prior, "magnitude" without it; "platon" (Zhang et al., ICML 2022) by
-            the averaged |w·gradient| times its uncertainty, "movement" (Sanh et al., NeurIPS 2020) by how much
-            training moves a weight away from zero.
+        score: what weights are ranked by: "magnitude"; "platon" (Zhang et al., ICML 2022), the averaged |w·gradient|
+            times its uncertainty; "movement" (Sanh et al., NeurIPS 2020), how much training moves a weight away from
+            zero.
+        prior: whether MGPP's prior pulls on the weights; without it a score is the published method of that name.
         pattern: what goes together: "1x1" (single weights), blocks such as "16x4", "2:4", or whole "heads", "neurons"
             or "units" (both), which can be cut out afterwards (`slice_zeros`).
         weights: regular expression of parameter names; the linear maps of all layers if None.
@@ -54,7 +55,8 @@ class PruningSettings:
         doubt: β2 of "platon".
     """
 
-    score: Score = "prior"
+    score: Score = "magnitude"
+    prior: bool = True
     pattern: str = "1x1"
     weights: str | None = None
     floor: float = 0.01
@@ -78,7 +80,7 @@ class PruningSettings:
         if self.slab_last == 0:
             raise SecateurError(f"{self.name}: slab_last is above 0: the slab keeps a share.")
         pattern_of(self.pattern)
-        self.prior(5e-5)
+        self.mixture(5e-5)
 
     def schedule(self, final: float, steps: int) -> CubicSchedule:
         """The schedule of a run of so many steps.
@@ -89,7 +91,7 @@ class PruningSettings:
         end = steps - 1 - int(self.after * steps)
         return CubicSchedule(int(self.before * steps), end, self.interval, min(self.initial, final), final)
 
-    def prior(self, lr: float, slab_share: float | None = None, group: int = 1) -> MixturePrior:
+    def mixture(self, lr: float, slab_share: float | None = None, group: int = 1) -> MixturePrior:
         """The prior of a group of weights, with a peak learning rate and a probability of the slab; λ if None."""
         spike = spike_for(RATES * lr, self.slab_share, self.slab) if self.spike is None else self.spike
         return MixturePrior(self.slab_share if slab_share is None else slab_share, spike, self.slab, group)
@@ -162,7 +164,7 @@ class Pruning(TrainerCallback):
             raise SecateurError("Pruning needs the model in training: use it with a Trainer.")
         self._check_trainer(args)
         self._reset()
-        if self.examples is None and self.settings.score == "prior":
+        if self.examples is None and self.settings.prior:
             rows: Any = getattr(train_dataloader, "dataset", None)
             if not hasattr(rows, "__len__"):
                 raise InvalidData("The prior is divided by the number of training examples: give Pruning(examples=).")
@@ -210,7 +212,7 @@ class Pruning(TrainerCallback):
                 self._follow(name, parameter, parameter.grad, step)
             if self.settings.score == "movement" and name in self._masks:
                 parameter.grad.mul_(self._masks[name])
-        if self.settings.score == "prior" and step <= self.schedule.end:
+        if self.settings.prior and step <= self.schedule.end:
             self._pull(step)
 
     def _pull(self, step: int) -> None:
@@ -221,15 +223,16 @@ class Pruning(TrainerCallback):
         squares = self.groups.squares({name: parameter.detach() for name, parameter in self.parameters.items()})
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                pull = self.prior_at(step, name).pull(parameter, squares(name))
-                parameter.grad.add_(pull.mul_(strength / self.examples).to(parameter.grad.dtype))
+                size = squares(name)  # half precision is computed in float32, where w² does not vanish
+                precision = self.prior_at(step, name).precision(parameter.float().square() if size is None else size)
+                parameter.grad.addcmul_(parameter, precision, value=strength / self.examples)
 
     def prior_at(self, step: int, name: str) -> MixturePrior:
         """The prior of a matrix's weights at a step."""
         chosen, group = self.settings, self.groups.size(name)
         if chosen.anneal != "slab":
-            return chosen.prior(self.lr, group=group)
-        return chosen.prior(self.lr, annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step), group)
+            return chosen.mixture(self.lr, group=group)
+        return chosen.mixture(self.lr, annealed_slab(chosen.slab_share, chosen.slab_last, self.schedule, step), group)
 
     def _follow(self, name: str, weight: Tensor, grad: Tensor, step: int) -> None:
         """Scores that gather over steps: of "platon" over windows of the interval, whose means are then averaged."""
@@ -277,7 +280,7 @@ class Pruning(TrainerCallback):
 
     def _look(self, step: int, optimizer: Any) -> dict[str, float]:
         found = {"step": step, "sparsity": round(sparsity(self._masks), 6)}
-        if self.settings.score == "prior":
+        if self.settings.prior:
             limits = {name: self._limit(step, name) for name in self.parameters}
             total = sum(p.numel() for p in self.parameters.values())
             inside = sum(int((p.detach().abs() < limits[name]).sum()) for name, p in self.parameters.items())
