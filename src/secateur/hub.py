@@ -32,7 +32,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from secateur.edits import Edit, Sparsify, apply_edits, edits_from_dicts, merge
+from secateur.edits import STORED, Binarize, Edit, Sparsify, apply_edits, edits_from_dicts, merge
 from secateur.edits.tokens import ATTRIBUTE
 from secateur.errors import InvalidModel, SecateurError
 from secateur.families import sites
@@ -40,6 +40,7 @@ from secateur.families import sites
 QUANT_METHOD = "secateur"
 FORMAT_VERSION = 1
 _DIGEST = "secateur_edits"
+_CHECKSUM = "secateur_bits"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -92,6 +93,7 @@ class SecateurQuantizer(HfQuantizer):
     _reading = False  # whether weights that `save_pretrained` wrote for this plug-in are being read
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._checksums: set[str] = set()
         stored = [self._check_digest(Path(file)) for file in kwargs.get("checkpoint_files") or ()]
         self._reading = any(stored)  # weights that something else wrote beside these edits carry no guard
         apply_edits(model, self.quantization_config.edits, empty=True)
@@ -99,7 +101,7 @@ class SecateurQuantizer(HfQuantizer):
             owner, name = guarded_parameter(model)
             _reshape(owner, name, lambda weight: weight[None])
         if self._reading:
-            for edit in self._sparse():
+            for edit in self._storing():
                 edit.shape_for_reading(model)
         return model
 
@@ -109,15 +111,17 @@ class SecateurQuantizer(HfQuantizer):
             if self._reading:
                 _reshape(owner, name, lambda weight: weight[0])
             model.register_load_state_dict_pre_hook(_unguard)
-        for edit in self._sparse():
+        for edit in self._storing():
             if self._reading:
+                if isinstance(edit, Binarize) and self._checksums != {edit.checksum(model.state_dict(), model)}:
+                    raise InvalidModel("The bits of the model are not those it was saved with: the file is damaged.")
                 edit.restore(model, cast(PreTrainedModel, model).dtype)
             model.register_load_state_dict_pre_hook(_densify)
         self._reading = False
         return model
 
-    def _sparse(self) -> list[Sparsify]:
-        return [edit for edit in self.quantization_config.edits if isinstance(edit, Sparsify)]
+    def _storing(self) -> list[Sparsify | Binarize]:
+        return [edit for edit in self.quantization_config.edits if isinstance(edit, STORED)]
 
     def _guarded(self) -> bool:
         return not any(edit.changes_shapes for edit in self.quantization_config.edits)
@@ -127,7 +131,10 @@ class SecateurQuantizer(HfQuantizer):
         if file.suffix != ".safetensors":
             raise InvalidModel(f"{file.name} is not a safetensors file: secateur opens no pickled weights.")
         with safe_open(file, framework="pt") as weights:
-            stored = (weights.metadata() or {}).get(_DIGEST)
+            metadata = weights.metadata() or {}
+        stored = metadata.get(_DIGEST)
+        if _CHECKSUM in metadata:
+            self._checksums.add(metadata[_CHECKSUM])
         if stored is not None and stored != self.quantization_config.digest:
             raise InvalidModel(
                 f"The edits in config.json are not those {file.name} was saved with: restore config.json or "
@@ -142,10 +149,14 @@ class SecateurQuantizer(HfQuantizer):
             state = model.state_dict()
             key = _guarded_key(model)
             state[key] = state[key][None]
-        for edit in self._sparse():
+        for edit in self._storing():
             state = model.state_dict() if state is None else state
             edit.encode(state, model)
-        return state, {_DIGEST: self.quantization_config.digest}
+        metadata = {_DIGEST: self.quantization_config.digest}
+        for edit in self._storing():
+            if isinstance(edit, Binarize) and state is not None:
+                metadata[_CHECKSUM] = edit.checksum(state, model)
+        return state, metadata
 
     def is_serializable(self) -> bool:
         return True
@@ -206,7 +217,7 @@ def _unguard(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -
 def _densify(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """Before `load_state_dict`, as a resumed `Trainer` calls it on what `save_pretrained` wrote."""
     for edit in edits_of(model):
-        if isinstance(edit, Sparsify):
+        if isinstance(edit, STORED):
             edit.decode(state, model, prefix)
 
 

@@ -7,12 +7,25 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from secateur.bits.modules import is_binary
+from secateur.edits.binarize import Binarize
 from secateur.edits.slice import Slice
 from secateur.edits.sparsify import Sparsify
 from secateur.edits.tokens import DropTokens
-from secateur.errors import InvalidModel
+from secateur.errors import InvalidModel, SecateurError
 
-__all__ = ["EDITS", "DropTokens", "Edit", "Slice", "Sparsify", "apply_edits", "edits_from_dicts", "merge"]
+__all__ = [
+    "EDITS",
+    "STORED",
+    "Binarize",
+    "DropTokens",
+    "Edit",
+    "Slice",
+    "Sparsify",
+    "apply_edits",
+    "edits_from_dicts",
+    "merge",
+]
 
 
 class Edit(Protocol):
@@ -38,11 +51,14 @@ class Edit(Protocol):
         ...
 
 
-EDITS: dict[str, type[Slice] | type[DropTokens] | type[Sparsify]] = {
+EDITS: dict[str, type[Slice] | type[DropTokens] | type[Sparsify] | type[Binarize]] = {
     "slice": Slice,
     "drop_tokens": DropTokens,
     "sparsify": Sparsify,
+    "binarize": Binarize,
 }
+STORED = (Sparsify, Binarize)
+"""Edits that store weights in a form of their own."""
 
 
 def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False) -> nn.Module:
@@ -55,8 +71,13 @@ def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False)
 
     Returns:
         The same model.
+
+    Raises:
+        SecateurError: the model is binary already, or eliminates tokens and is to become binary.
     """
     for edit in edits:
+        if is_binary(model) and not isinstance(edit, Binarize):
+            raise SecateurError("A binary model cannot be changed any more: cut it first, and binarize it last.")
         edit.apply(model, empty=empty)
     return model
 
@@ -65,6 +86,8 @@ def merge(edits: Sequence[Edit]) -> list[Edit]:
     """The same change with neighbouring slices joined into one, and each sparse weight stored in one way, the last."""
     merged: list[Edit] = []
     for edit in edits:
+        if isinstance(edit, Binarize):  # its bits take the place of values
+            merged = [one for one in merged if not isinstance(one, STORED)]
         if isinstance(edit, Sparsify):
             merged = [left for one in merged if (left := one.without(edit.kept) if isinstance(one, Sparsify) else one)]
         last = merged[-1] if merged else None

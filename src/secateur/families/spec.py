@@ -79,6 +79,8 @@ class Family:
         norm: `"post"` if LayerNorm follows the residual sum (BERT), `"pre"` if it precedes each block (ViT, GPT-2).
         modality: what the model reads.
         quirk: name of the after-slice fix in `quirks.QUIRKS`, if one is needed.
+        plain_products: whether maps give queries, keys and values as they are, attention is softmax(Q Kᵀ · scaling +
+            mask) V, and one map leads into the neurons: what 1-bit operands are made for.
     """
 
     name: str
@@ -87,3 +89,4 @@ class Family:
     norm: Literal["post", "pre"] = "post"
     modality: Literal["text", "image"] = "text"
     quirk: str = ""
+    plain_products: bool = False

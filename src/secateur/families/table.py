@@ -137,21 +137,23 @@ _VIT_LAYERS = (Stack("layers", (_vit_attention(),), _ffn("mlp", "mlp.fc1", "mlp.
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("bert", ("bert",), _bert_layers()),
-        Family("roberta", ("roberta",), _bert_layers()),
-        Family("xlm-roberta", ("xlm-roberta",), _bert_layers()),
-        Family("camembert", ("camembert",), _bert_layers()),
-        Family("electra", ("electra",), _bert_layers()),
+        Family("bert", ("bert",), _bert_layers(), plain_products=True),
+        Family("roberta", ("roberta",), _bert_layers(), plain_products=True),
+        Family("xlm-roberta", ("xlm-roberta",), _bert_layers(), plain_products=True),
+        Family("camembert", ("camembert",), _bert_layers(), plain_products=True),
+        Family("electra", ("electra",), _bert_layers(), plain_products=True),
         Family(
             "mpnet",
             ("mpnet",),
             (Stack("encoder.layer", (_MPNET_ATTENTION,), _ffn("intermediate", "intermediate.dense", "output.dense")),),
             quirk="mpnet",
+            plain_products=True,
         ),
         Family(
             "distilbert",
             ("distilbert",),
             (Stack("transformer.layer", (_DISTILBERT_ATTENTION,), _ffn("ffn", "ffn.lin1", "ffn.lin2")),),
+            plain_products=True,
         ),
         Family(
             "deberta-v2",
@@ -168,14 +170,15 @@ FAMILIES: dict[str, Family] = {
             (Stack("layers", (_MODERNBERT_ATTENTION,), _ffn("mlp", "mlp.Wi", "mlp.Wo", parts=2)),),
             norm="pre",
         ),
-        Family("vit", ("vit",), _VIT_LAYERS, norm="pre", modality="image"),
-        Family("deit", ("deit",), _VIT_LAYERS, norm="pre", modality="image"),
+        Family("vit", ("vit",), _VIT_LAYERS, norm="pre", modality="image", plain_products=True),
+        Family("deit", ("deit",), _VIT_LAYERS, norm="pre", modality="image", plain_products=True),
         Family(
             "dinov2",
             ("dinov2",),
             (Stack("encoder.layer", (_vit_attention(),), _ffn("mlp", "mlp.fc1", "mlp.fc2")),),
             norm="pre",
             modality="image",
+            plain_products=True,
         ),
         Family(
             "dinov2-swiglu",

@@ -56,12 +56,16 @@ def encode(weight: Tensor, values: Values, block: tuple[int, int] = (1, 1)) -> d
     mask = blocks_of(weight, block).ne(0).any(dim=1)
     stored = weight
     if values == "int8":
-        scale = weight.float().abs().amax(dim=1) / 127 if weight.numel() else weight.new_zeros(len(weight)).float()
-        parts["scale"] = scale
-        stored = (weight.float() / torch.where(scale == 0, 1, scale)[:, None]).round()
+        stored, parts["scale"] = int8_rows(weight)
     parts["values"] = blocks_of(stored, block)[mask].reshape(-1).to(DTYPES[values])
     parts["mask"] = packed_bits(mask)
     return parts
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as whole numbers from -127 to 127 and a scale for each row, w ≈ scale · q, scale = max |w| / 127."""
+    scale = weight.float().abs().amax(dim=1) / 127 if weight.numel() else weight.new_zeros(len(weight)).float()
+    return (weight.float() / torch.where(scale == 0, 1, scale)[:, None]).round().to(torch.int8), scale
 
 
 def decode(parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int]) -> Tensor:

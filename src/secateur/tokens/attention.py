@@ -6,6 +6,7 @@ eliminated, and its own attention at all other times.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,19 +20,33 @@ NAME = "secateur"
 
 
 class AttentionConfig:
-    """A view of a model's config, for its attention modules: it names our attention while tokens are eliminated."""
+    """A view of a model's config, for its attention modules, that names an attention function.
 
-    def __init__(self, config: Any) -> None:
+    Args:
+        config: the model's.
+        name: of the function; "" for the model's own.
+    """
+
+    def __init__(self, config: Any, name: Callable[[], str]) -> None:
         self._config = config
+        self._name = name
 
     @property
     def _attn_implementation(self) -> Any:
-        return NAME if CURRENT.get() is not None else self._config._attn_implementation
+        return self._name() or self._config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_config":  # copying and pickling look for these before there is a config
+        if name.startswith("__") or name in (
+            "_config",
+            "_name",
+        ):  # copying and pickling look for these before there is a config
             raise AttributeError(name)
         return getattr(self._config, name)
+
+
+def eliminating() -> str:
+    """The name of our attention while tokens are eliminated, else none."""
+    return NAME if CURRENT.get() is not None else ""
 
 
 def attention(

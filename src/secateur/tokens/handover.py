@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidData, UnsupportedModel
 from secateur.families import FAMILIES, Sites, sites
-from secateur.tokens.attention import AttentionConfig
+from secateur.tokens.attention import AttentionConfig, eliminating
 from secateur.tokens.specs import TOKEN_SPECS, Carried, TokenSpec
 from secateur.tokens.state import CURRENT, Continuation, Pass
 
@@ -85,7 +85,7 @@ def install(model: nn.Module, beginner: Beginner) -> None:
             layer.get_submodule(spec.values).register_forward_hook(_Values())
             layer.get_submodule(spec.probabilities).register_forward_pre_hook(_Watch())
         else:
-            attention.config = AttentionConfig(attention.config)  # type: ignore[assignment]
+            attention.config = AttentionConfig(attention.config, eliminating)  # type: ignore[assignment]
         layer.register_forward_pre_hook(_Begin(layer, index, spec, attention), with_kwargs=True)
         if spec.residual:
             layer.get_submodule(spec.residual).register_forward_hook(_Shorten())

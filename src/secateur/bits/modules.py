@@ -1,0 +1,225 @@
+"""Modules that compute with quantised operands: linear maps, attention, look-ups of words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import embedding, linear
+from transformers import AttentionInterface
+
+from secateur.bits.quantizers import (
+    LEAST_ALPHA,
+    Estimate,
+    Levels,
+    binarized,
+    first_alpha,
+    scaled_gradient,
+    to_levels,
+)
+from secateur.errors import SecateurError
+
+NAME = "secateur_bits"
+SAMPLE = 1 << 18
+
+
+@dataclass
+class _Calibration:
+    how: Estimate
+    seen: list[Tensor]
+
+
+class Quantizer(nn.Module):
+    """Rounds an activation to levels, with a learned scale α and, at linear maps, a learned shift of each channel.
+
+    Until it is calibrated (`calibrate`) α is NaN, and so is what it gives.
+
+    Args:
+        levels: what it rounds to.
+        channels: entries of the shift; none if 0.
+        like: a tensor of the dtype and on the device that the parameters shall have.
+    """
+
+    def __init__(self, levels: Levels, channels: int, like: Tensor) -> None:
+        super().__init__()
+        self.levels = levels
+        self.alpha = nn.Parameter(torch.full((), torch.nan, dtype=like.dtype, device=like.device))
+        self.shift = nn.Parameter(torch.zeros(channels, dtype=like.dtype, device=like.device)) if channels else None
+        self._calibration: _Calibration | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels of x, in its shape, and α; the gradient of α is divided by √(elements · highest level), as in LSQ."""
+        if self._calibration is not None:
+            self._look(x, self._calibration)
+        alpha = self.alpha.clamp_min(LEAST_ALPHA)
+        if torch.is_grad_enabled() and alpha.requires_grad:
+            alpha = scaled_gradient(alpha, (x.numel() * self.levels.highest) ** -0.5)
+        return to_levels(x, alpha, self.shift, self.levels), alpha
+
+    @torch.no_grad()
+    def _look(self, x: Tensor, calibration: _Calibration) -> None:
+        """Choose α by all samples so far, so that what follows is calibrated behind quantised activations."""
+        flat = (x if self.shift is None else x - self.shift).detach().flatten()
+        calibration.seen.append(flat[:: max(1, flat.numel() // SAMPLE)])
+        self.alpha.copy_(first_alpha(torch.cat(calibration.seen), self.levels, calibration.how))
+
+    def extra_repr(self) -> str:
+        return f"{self.levels.lowest}…{self.levels.highest}"
+
+
+class BinaryLinear(nn.Linear):
+    """An `nn.Linear` with weights ±s and a quantised input: Y = (levels · signsᵀ) · α s + b.
+
+    `weight` holds the latent weights, from which signs and s are taken in every step of training.
+    """
+
+    input_bits: Quantizer
+    rows: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Y of shape (..., out) for x of shape (..., in)."""
+        levels, alpha = self.input_bits(input)
+        signs, scale = self.signs()
+        product = linear(levels, signs) * (alpha * scale)
+        return product if self.bias is None else product + self.bias
+
+    def signs(self) -> tuple[Tensor, Tensor]:
+        """Signs of the weights and their scale; kept from call to call while nothing is trained."""
+        if torch.is_grad_enabled() or self.weight.is_inference():
+            self.__dict__["_signs"] = None
+            return binarized(self.weight, rows=self.rows)
+        stamp = (self.weight.data_ptr(), self.weight._version)
+        kept = self.__dict__.get("_signs")
+        if kept is None or kept[0] != stamp:
+            kept = self.__dict__["_signs"] = stamp, binarized(self.weight, rows=self.rows)
+        found: tuple[Tensor, Tensor] = kept[1]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_signs": None}
+
+
+class BinaryEmbedding(nn.Embedding):
+    """An `nn.Embedding` whose rows are s_r · sgn(w - e_r), with scale and centre of each row; the sum stays float."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of shape (..., width) for ids of shape (...)."""
+        rows = embedding(input, self.weight, self.padding_idx)
+        signs, scale = binarized(rows.flatten(0, -2), rows=True)
+        return (signs * scale[:, None]).view_as(rows)
+
+
+class AttentionBits(nn.ModuleDict):
+    """Quantisers of queries, keys, values and probabilities of one attention block."""
+
+    def __init__(self, bits: dict[str, Levels], like: Tensor) -> None:
+        super().__init__({name: Quantizer(levels, 0, like) for name, levels in bits.items()})
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention on quantised operands, as transformers calls it: softmax(Q Kᵀ · scaling + mask) V (spec 2.3).
+
+    In evaluation probabilities are computed in float64, so that which of them reach half of α does not depend on the
+    order of a sum.
+
+    Args:
+        module: the attention module, with `attention_bits`.
+        query: (batch, heads, tokens, head width).
+        key: as the query.
+        value: as the query.
+        attention_mask: (batch, 1, 1 or queries, keys): True where a query may look, or what is added.
+        dropout: share of probabilities set to zero.
+        scaling: of the products; 1/√(head width) if None.
+        kwargs: not used.
+
+    Returns:
+        Context, (batch, tokens, heads, head width), and the probabilities.
+    """
+    bits = cast(AttentionBits, module.attention_bits)
+    (q, of_q), (k, of_k), (v, of_v) = bits["query"](query), bits["key"](key), bits["value"](value)
+    scores = (q @ k.transpose(-1, -2)) * (of_q * of_k * (query.shape[-1] ** -0.5 if scaling is None else scaling))
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
+    probabilities = drop(probabilities, dropout, module.training)
+    p, of_p = bits["probs"](probabilities)
+    context = (p.to(v.dtype) @ v) * (of_p * of_v)
+    return context.transpose(1, 2).contiguous(), probabilities.to(query.dtype)
+
+
+AttentionInterface.register(NAME, attention)
+
+
+def implementation() -> str:
+    """The name that `attention` is registered under."""
+    return NAME
+
+
+def is_binary(model: nn.Module) -> bool:
+    """Whether some of a model's maps are binary."""
+    return any(isinstance(module, BinaryLinear) for module in model.modules())
+
+
+def quantizers(model: nn.Module) -> list[Quantizer]:
+    """All quantisers of a model."""
+    return [module for module in model.modules() if isinstance(module, Quantizer)]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Sequence[dict[str, Tensor]], how: Estimate = "mean") -> None:
+    """Choose every α by what reaches it in some batches, from the input on; shifts stay as they are.
+
+    Args:
+        model: a binarized model; it is left in the mode it was in.
+        batches: inputs, without labels.
+        how: see `quantizers.first_alpha`.
+
+    Raises:
+        SecateurError: there is no batch, or a quantiser saw nothing, or no finite values.
+    """
+    with _calibrating(model, how):
+        for batch in batches:
+            model(**batch)
+    blind = [name for name, module in model.named_modules() if isinstance(module, Quantizer) and not _ready(module)]
+    if blind:
+        raise SecateurError(
+            f"{blind[0]} saw no finite activation: calibrate on at least one batch, with a model whose outputs are "
+            "finite."
+        )
+
+
+def _ready(quantizer: Quantizer) -> bool:
+    return bool(quantizer.alpha.isfinite())
+
+
+@contextmanager
+def _calibrating(model: nn.Module, how: Estimate) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    found = quantizers(model)
+    for quantizer in found:
+        quantizer._calibration = _Calibration(how, [])
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer._calibration = None
+        for module in training:
+            module.training = True

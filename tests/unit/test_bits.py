@@ -1,0 +1,194 @@
+"""Quantisers, their gradients and words of bits, against values computed by hand (spec 12)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.bits.modules import BinaryEmbedding, BinaryLinear, Quantizer
+from secateur.bits.packing import packed, unpacked
+from secateur.bits.quantizers import BITS, Levels, binarized, first_alpha, scaled_gradient, to_levels
+from secateur.errors import SecateurError
+
+X = [-0.3, 0.0, 0.1, 0.24, 0.25, 0.3, 0.49, 0.51, 0.9]
+
+
+def gradients(x: torch.Tensor, alpha: float, shift: float, levels: Levels) -> list[list[float]]:
+    """y, dy/dx, dy/dα and dy/dβ of each entry by itself."""
+    found = []
+    for value in x:
+        one, a, b = (torch.tensor(t, dtype=torch.float64, requires_grad=True) for t in ([[value]], alpha, [shift]))
+        y = to_levels(one, a, b, levels) * a
+        y.backward()
+        found.append([float(t) for t in (y, one.grad, a.grad, b.grad)])  # type: ignore[arg-type]
+    return [list(column) for column in zip(*found, strict=True)]
+
+
+def test_the_table_of_the_unsigned_set() -> None:
+    y, dx, dalpha, dshift = gradients(torch.tensor(X, dtype=torch.float64), 0.5, 0.0, Levels(1, signed=False))
+    assert y == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    assert dx == [0, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert dalpha == pytest.approx([0, 0, -0.2, -0.48, 0.5, 0.4, 0.02, 1, 1])
+    assert dshift == [-one for one in dx]
+
+
+def test_the_table_of_the_signed_set() -> None:
+    y, dx, dalpha, dshift = gradients(torch.tensor(X, dtype=torch.float64), 0.4, 0.1, Levels(1, signed=True))
+    assert y == pytest.approx([-0.4, -0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])  # sgn(0) = 1 at x = 0.1
+    assert dx == [1, 1, 1, 1, 1, 1, 1, 0, 0]  # |x - 0.1| <= 0.4; 0.51 and 0.9 lie outside
+    assert dalpha == [-1, -1, 1, 1, 1, 1, 1, 1, 1]
+    assert dshift == [-one for one in dx]
+
+
+@pytest.mark.parametrize("levels", [Levels(1, False), Levels(2, True), Levels(2, False), Levels(4, True)])
+def test_it_is_autograd_of_straight_through_rounding(levels: Levels) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    found, wanted = [], []
+    for results in (found, wanted):
+        here, a, b = x.clone().requires_grad_(), torch.tensor(0.3).double(), torch.full((6,), 0.05).double()
+        a.requires_grad_(), b.requires_grad_()
+        if results is found:
+            y = to_levels(here, a, b, levels) * a
+        else:
+            clipped = ((here - b) / a).clamp(levels.lowest, levels.highest)
+            y = (clipped + ((clipped + 0.5).floor() - clipped).detach()) * a
+        y.backward(upstream)
+        results += [y.detach(), here.grad, a.grad, b.grad]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_levels() -> None:
+    assert [(Levels(b, True).lowest, Levels(b, True).highest) for b in BITS] == [(-1, 1), (-2, 1), (-8, 7), (-128, 127)]
+    assert [(Levels(b, False).lowest, Levels(b, False).highest) for b in BITS] == [(0, 1), (0, 3), (0, 15), (0, 255)]
+    x = torch.tensor([-9.0, -1.5, -0.5, 0.5, 9.0])
+    assert to_levels(x, torch.tensor(1.0), None, Levels(2, True)).tolist() == [-2, -1, 0, 1, 1]  # ties go up
+    assert to_levels(x, torch.tensor(1.0), None, Levels(2, False)).tolist() == [0, 0, 0, 1, 3]
+    for bits in (0, 3, 16, True):
+        with pytest.raises(SecateurError, match="1, 2, 4 or 8 bits"):
+            Levels(bits, True)
+
+
+def test_homogeneity() -> None:
+    x = torch.linspace(-2, 2, 41)
+    one, other = torch.tensor(0.5), torch.tensor(3.0)
+    assert torch.equal(to_levels(x, one, None, Levels(1, True)), to_levels(x, other, None, Levels(1, True)))
+    shift = torch.full((41,), 0.25)
+    assert torch.equal(  # f(cx; ca, cb) = c f(x; a, b), with c = 4
+        to_levels(4 * x, 4 * one, 4 * shift, Levels(1, False)), to_levels(x, one, shift, Levels(1, False))
+    )
+
+
+def test_the_gradient_of_the_scale_shrinks_with_the_tensor() -> None:
+    for shape in ((4, 8), (16, 8)):
+        for bits in (1, 2):
+            quantizer = Quantizer(Levels(bits, True), 8, torch.zeros(1))
+            nn.init.constant_(quantizer.alpha, 0.7)
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            levels, alpha = quantizer(x)
+            (levels * alpha).sum().backward()
+            plain = torch.tensor(0.7, requires_grad=True)
+            (to_levels(x, plain, None, Levels(bits, True)) * plain).sum().backward()
+            factor = 1 / math.sqrt(x.numel() * Levels(bits, True).highest)
+            assert float(quantizer.alpha.grad) == pytest.approx(float(plain.grad) * factor, rel=1e-5)  # type: ignore[arg-type]
+    x = torch.ones(3, requires_grad=True)
+    scaled_gradient(x, 0.25).sum().backward()
+    assert x.grad.tolist() == [0.25] * 3  # type: ignore[union-attr]
+
+
+def test_weights_become_signs_and_a_scale() -> None:
+    weight = torch.tensor([[0.4, -0.2, 0.1], [0.3, 0.0, -0.6]], requires_grad=True)
+    signs, scale = binarized(weight)
+    assert signs.tolist() == [[1, -1, 1], [1, 1, -1]]  # the mean is 0; what lies on it is +1
+    assert float(scale) == pytest.approx(1.6 / 6)
+    (signs * scale * torch.arange(6.0).view(2, 3)).sum().backward()
+    assert weight.grad.tolist() == [[0, 1, 2], [3, 4, 5]]  # type: ignore[union-attr]  # straight through, no window
+    signs, scale = binarized(weight, rows=True)
+    assert signs.tolist() == [[1, -1, 1], [1, 1, -1]]  # means 0.1, which 0.1 reaches, and -0.1
+    assert scale.tolist() == pytest.approx([0.7 / 3, 0.9 / 3])
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_what_is_binary_stays_as_it_is(rows: bool) -> None:
+    weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)) * 0.037 + 0.02
+    weight[3] = 0.5  # a row of equal weights
+    signs, scale = binarized(weight, rows=rows)
+    again, same = binarized(signs * (scale[:, None] if rows else scale), rows=rows)
+    assert torch.equal(signs, again)
+    assert torch.equal(scale, same)
+
+
+def test_first_scales() -> None:
+    x = torch.tensor([-1.0, 0.0, 0.5, 0.5])  # mean |x| = ½
+    assert float(first_alpha(x, Levels(1, True))) == 1.0
+    assert float(first_alpha(x.abs(), Levels(1, False))) == 2.0
+    assert float(first_alpha(x, Levels(4, True))) == pytest.approx(1 / math.sqrt(7))
+    assert float(first_alpha(x.abs(), Levels(2, False))) == pytest.approx(2 / math.sqrt(3))
+    assert float(first_alpha(x, Levels(1, True), "analytic")) == 0.5
+    assert float(first_alpha(x.abs(), Levels(1, False), "analytic")) == pytest.approx(2 / 3)  # of 1, ½ and ½
+    assert float(first_alpha(torch.full((4,), 0.1), Levels(1, False), "analytic")) == pytest.approx(0.4)  # as "mean"
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    found = float(first_alpha(x, Levels(1, True), "search"))
+    assert found == pytest.approx(float(x.abs().mean()), rel=0.05)  # where ‖x - α sgn x‖ is least
+
+    def error(alpha: float) -> float:
+        a = torch.tensor(alpha)
+        return float((x - a * to_levels(x, a, None, Levels(4, True))).square().sum())
+
+    best = float(first_alpha(x, Levels(4, True), "search"))
+    assert all(error(best) <= error(other) for other in (0.1, 0.2, 0.3, 0.5, 1.0))
+    assert float(first_alpha(torch.zeros(3), Levels(1, True))) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 127, 768])
+def test_words_hold_bits(count: int) -> None:
+    bits = torch.rand(3, 5, count, generator=torch.Generator().manual_seed(count)) > 0.5
+    words = packed(bits)
+    assert words.shape == (3, 5, -(-count // 64))
+    assert words.dtype == torch.int64
+    assert torch.equal(unpacked(words, count), bits)
+    assert torch.equal(packed(unpacked(words, count)), words)
+    turned = bits.transpose(0, 1)  # not contiguous
+    assert torch.equal(packed(turned), words.transpose(0, 1))
+
+
+def test_the_first_bit_is_the_lowest() -> None:
+    assert packed(torch.tensor([True, False, True])).tolist() == [5]
+    top = torch.zeros(64, dtype=torch.bool)
+    top[63] = True
+    assert packed(top).tolist() == [-(2**63)]
+    assert packed(torch.zeros(0, 70, dtype=torch.bool)).shape == (0, 2)
+
+
+def test_a_binary_map_by_hand() -> None:
+    linear = nn.Linear(2, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[0.5, -0.5], [-0.25, 0.75]]))
+        linear.bias.copy_(torch.tensor([1.0, -1.0]))
+    linear.__class__ = BinaryLinear
+    linear.rows = False  # type: ignore[assignment]
+    linear.input_bits = Quantizer(Levels(1, True), 2, linear.weight)
+    nn.init.constant_(linear.input_bits.alpha, 3.0)
+    nn.init.constant_(linear.input_bits.shift, 0.5)  # type: ignore[arg-type]
+    # centre 0.125, s = 0.5, signs [[1, -1], [-1, 1]]; x - ½ = (½, -1½) → (1, -1), times 3
+    with torch.no_grad():
+        assert linear(torch.tensor([1.0, -1.0])).tolist() == [1 + 2 * 3 * 0.5, -1 - 2 * 3 * 0.5]
+        linear.weight.mul_(2)  # noticed though signs are kept between calls
+        assert linear(torch.tensor([1.0, -1.0])).tolist() == [7, -7]
+
+
+def test_rows_of_an_embedding_have_two_values() -> None:
+    table = nn.Embedding(5, 6)
+    table.__class__ = BinaryEmbedding
+    ids = torch.tensor([[0, 3], [4, 0]])
+    rows = table(ids)
+    assert rows.shape == (2, 2, 6)
+    assert rows[0, 0].abs().unique().numel() == 1
+    assert float(rows[0, 0, 0].abs()) == pytest.approx(float(table.weight[0].abs().mean()))
+    rows.sum().backward()
+    assert table.weight.grad[:, 0].tolist() == [2, 0, 0, 1, 1]  # type: ignore[union-attr]
