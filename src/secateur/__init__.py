@@ -14,6 +14,8 @@ import secateur.hub as _plug_in  # noqa: F401  (registers with transformers)
 if TYPE_CHECKING:
     from secateur import families
     from secateur.api import compress, dial, evaluate, export, finetune, measure
+    from secateur.binary import binarize
+    from secateur.bits.integer import packed_twin
     from secateur.edits import DropTokens, Slice, apply_edits
     from secateur.edits.sparsify import hold_zeros
     from secateur.methods.late import Late
@@ -43,6 +45,7 @@ _HOME = {
     "SubNetwork": "subnetwork",
     "Task": "tasks",
     "apply_edits": "edits",
+    "binarize": "binary",
     "choose_kernels": "runtime",
     "compress": "api",
     "dial": "api",
@@ -52,6 +55,7 @@ _HOME = {
     "hold_zeros": "edits.sparsify",
     "load_task": "tasks",
     "measure": "api",
+    "packed_twin": "bits.integer",
     "slice_zeros": "zeros",
     "sparsify": "zeros",
 }
@@ -71,6 +75,7 @@ __all__ = [
     "Task",
     "__version__",
     "apply_edits",
+    "binarize",
     "choose_kernels",
     "compress",
     "dial",
@@ -81,6 +86,7 @@ __all__ = [
     "hold_zeros",
     "load_task",
     "measure",
+    "packed_twin",
     "slice_zeros",
     "sparsify",
 ]

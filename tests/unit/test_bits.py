@@ -23,7 +23,7 @@ def gradients(x: torch.Tensor, alpha: float, shift: float, levels: Levels) -> li
         one, a, b = (torch.tensor(t, dtype=torch.float64, requires_grad=True) for t in ([[value]], alpha, [shift]))
         y = to_levels(one, a, b, levels) * a
         y.backward()
-        found.append([float(t) for t in (y, one.grad, a.grad, b.grad)])  # type: ignore[arg-type]
+        found.append([float(t.detach()) for t in (y, one.grad, a.grad, b.grad)])  # type: ignore[arg-type]
     return [list(column) for column in zip(*found, strict=True)]
 
 

@@ -115,10 +115,39 @@ class BinaryEmbedding(nn.Embedding):
 
 
 class AttentionBits(nn.ModuleDict):
-    """Quantisers of queries, keys, values and probabilities of one attention block."""
+    """Attention of one block on quantised operands: softmax(Q Kᵀ · scaling + mask) V (spec 2.3).
 
-    def __init__(self, bits: dict[str, Levels], like: Tensor) -> None:
-        super().__init__({name: Quantizer(levels, 0, like) for name, levels in bits.items()})
+    In evaluation probabilities are computed in float64, so that which of them reach half of α does not depend on the
+    order of a sum.
+
+    Args:
+        levels: of "query", "key", "value" and "probs".
+        like: a tensor of the dtype and on the device that the scales shall have.
+    """
+
+    def __init__(self, levels: dict[str, Levels], like: Tensor) -> None:
+        super().__init__({name: Quantizer(each, 0, like) for name, each in levels.items()})
+
+    def of(self, operand: str) -> Quantizer:
+        """The quantiser of an operand."""
+        return cast(Quantizer, self[operand])
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """Context, (batch, heads, tokens, head width), and the probabilities."""
+        (q, of_q), (k, of_k), (v, of_v) = self["query"](query), self["key"](key), self["value"](value)
+        scores = masked((q @ k.transpose(-1, -2)) * (of_q * of_k * scaling), mask)
+        probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
+        p, of_p = self["probs"](drop(probabilities, dropout, self.training))
+        return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities.to(query.dtype)
+
+
+def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores with a mask that is True where a query may look, or is added."""
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
 
 
 def attention(
@@ -131,10 +160,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on quantised operands, as transformers calls it: softmax(Q Kᵀ · scaling + mask) V (spec 2.3).
-
-    In evaluation probabilities are computed in float64, so that which of them reach half of α does not depend on the
-    order of a sum.
+    """Attention on quantised operands, as transformers calls it.
 
     Args:
         module: the attention module, with `attention_bits`.
@@ -142,7 +168,7 @@ def attention(
         key: as the query.
         value: as the query.
         attention_mask: (batch, 1, 1 or queries, keys): True where a query may look, or what is added.
-        dropout: share of probabilities set to zero.
+        dropout: share of probabilities set to zero in training.
         scaling: of the products; 1/√(head width) if None.
         kwargs: not used.
 
@@ -150,18 +176,9 @@ def attention(
         Context, (batch, tokens, heads, head width), and the probabilities.
     """
     bits = cast(AttentionBits, module.attention_bits)
-    (q, of_q), (k, of_k), (v, of_v) = bits["query"](query), bits["key"](key), bits["value"](value)
-    scores = (q @ k.transpose(-1, -2)) * (of_q * of_k * (query.shape[-1] ** -0.5 if scaling is None else scaling))
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
-    probabilities = drop(probabilities, dropout, module.training)
-    p, of_p = bits["probs"](probabilities)
-    context = (p.to(v.dtype) @ v) * (of_p * of_v)
-    return context.transpose(1, 2).contiguous(), probabilities.to(query.dtype)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    context, probabilities = bits(query, key, value, attention_mask, dropout, scaling)
+    return context.transpose(1, 2).contiguous(), probabilities
 
 
 AttentionInterface.register(NAME, attention)

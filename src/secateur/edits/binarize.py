@@ -129,6 +129,13 @@ class Binarize:
         except (SecateurError, TypeError) as error:
             raise InvalidModel(f"config.json: the binarize edit cannot be read: {error}") from None
 
+    @torch.no_grad()
+    def settle(self, model: nn.Module) -> None:
+        """Round a table of words that is stored in bytes to what will be stored."""
+        if self.embeddings == "int8":
+            table = words_of(model).weight
+            table.copy_(_dense(*int8_rows(table), (table.shape[0], table.shape[1])))
+
     # --- storage ------------------------------------------------------------------------------------------------
 
     def shape_for_reading(self, model: nn.Module) -> None:

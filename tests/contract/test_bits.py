@@ -1,0 +1,325 @@
+"""Contract of `Binarize`: every family reopens bit-exact and runs on whole numbers; bad folders are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import secateur
+from secateur import hub
+from secateur.bits.integer import Operand, PackedLinear, bits_by_table, product, thresholds
+from secateur.bits.modules import BinaryLinear, quantizers
+from secateur.bits.quantizers import Levels, to_levels
+from secateur.edits.binarize import Binarize, places
+from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
+from secateur.families import FAMILIES
+from tests.conftest import tiny_batch, tiny_model
+from tests.contract.test_families import cut
+from tests.contract.test_round_trip import auto_class, edit_config
+
+BINARY = [name for name, family in FAMILIES.items() if family.plain_products]
+
+
+def binary(family: str = "bert", bits: int = 1, **settings: Any) -> Any:
+    """A tiny binary model, calibrated, whose shifts are not 0."""
+    if FAMILIES[family].modality == "image":
+        settings = {"embeddings": "float", **settings}
+    model: Any = tiny_model(family)
+    secateur.binarize(model, [tiny_batch(family, seed=5)], bits, **settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for quantizer in quantizers(model):
+            if quantizer.shift is not None:
+                quantizer.shift.copy_(0.1 * torch.randn(quantizer.shift.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    found: Tensor = model(**batch).logits
+    return found
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+@pytest.mark.parametrize("family", BINARY)
+def test_it_reopens_bit_exact_and_runs_on_whole_numbers(family: str, bits: int, tmp_path: Path) -> None:
+    model, batch = binary(family, bits), tiny_batch(family)
+    wanted = logits(model, batch)
+    assert bool(wanted.isfinite().all())
+    assert torch.equal(logits(secateur.packed_twin(model), batch), wanted)
+    model.save_pretrained(tmp_path)
+    again = auto_class(family).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batch), wanted)
+    assert hub.edits_of(again) == hub.edits_of(model)
+    again.save_pretrained(tmp_path / "again")
+    one, other = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for module in model.modules():
+        if isinstance(module, BinaryLinear):
+            assert set((module.signs()[0]).unique().tolist()) <= {-1.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rows": True, "embeddings": "int8"},
+        {"two_sets": False, "embeddings": "float"},
+        {"relu": False},
+        {"calibration": "search"},
+        {"calibration": "analytic", "bits": 4},
+        {"bits": 8, "mixed": {r"layer\.0\..*:": 4, r"layer\.1\.output": 2, r"layer\.2\.intermediate": 1}},
+    ],
+)
+def test_options(settings: dict[str, Any], tmp_path: Path) -> None:
+    model, batch = binary("bert", **settings), tiny_batch("bert")
+    wanted = logits(model, batch)
+    assert torch.equal(logits(secateur.packed_twin(model), batch), wanted)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(hub.open_any(tmp_path), batch), wanted)
+    (edit,) = hub.edits_of(model)
+    assert isinstance(edit, Binarize)
+    if "mixed" in settings:
+        assert edit.bits["encoder.layer.0.attention.self:probs"] == 4
+        assert edit.bits["encoder.layer.1.output.dense"] == 2
+        assert edit.bits["encoder.layer.2.intermediate.dense"] == 1
+        assert edit.bits["encoder.layer.1.intermediate.dense"] == 8
+    if settings.get("relu", True):
+        assert model.config.hidden_act == "relu"
+    levels = model.bert.encoder.layer[0].output.dense.input_bits.levels
+    assert levels.signed == (not settings.get("relu", True) or not settings.get("two_sets", True))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(BINARY)))
+def test_other_families_are_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModel, match="cannot be binarized"):
+        secateur.binarize(tiny_model(family), [tiny_batch(family)])  # type: ignore[arg-type]
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    for bits in (1, 2, 4):
+        model, batch = binary("bert", bits), tiny_batch("bert", batch=5)
+        together = logits(model, batch)
+        alone = torch.cat([logits(model, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(5)])
+        assert torch.equal(together.argmax(-1), alone.argmax(-1))
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_holds_a_bit_for_each_weight(tmp_path: Path) -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "vocab_size": 1000}
+    model: Any = tiny_model("bert", **wide)
+    secateur.binarize(model, [tiny_batch("bert")], embeddings="int8")
+    model.save_pretrained(tmp_path)
+    weights = {
+        name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, BinaryLinear)
+    }
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored = sum(tensors[f"{name}.weight"].nbytes + tensors[f"{name}.weight_scale"].nbytes for name in weights)
+    assert sum(weights.values()) / 8 <= stored <= sum(weights.values()) / 8 * 1.01
+    table = "bert.embeddings.word_embeddings.weight"
+    assert tensors[table].nbytes == 1000 * 128
+    named = {*(f"{name}.weight" for name in weights), *(f"{name}.weight_scale" for name in weights), table}
+    rest = sum(t.nbytes for n, t in tensors.items() if n not in named)
+    header = (tmp_path / "model.safetensors").stat().st_size - sum(t.nbytes for t in tensors.values())
+    floats = sum(p.nbytes for n, p in model.named_parameters() if n not in named)
+    assert rest == floats + 4 * 1000  # what stays float, and the scales of the table's rows
+    assert header < 200 * len(tensors)
+
+
+def test_training_goes_on_from_bits(tmp_path: Path) -> None:
+    model, batch = binary("bert"), tiny_batch("bert")
+    model.save_pretrained(tmp_path)
+    again: Any = hub.open_any(tmp_path)
+    before = logits(again, batch)
+    again.train()
+    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    for _ in range(3):
+        again(**batch, labels=torch.tensor([0, 1, 0])).loss.backward()
+        assert all(p.grad is not None for p in again.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    again.eval()
+    assert not torch.equal(logits(again, batch), before)
+    again.save_pretrained(tmp_path / "on")
+    assert torch.equal(logits(hub.open_any(tmp_path / "on"), batch), logits(again, batch))
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))  # as a resumed trainer does
+    assert torch.equal(logits(again, batch), before)
+
+
+def test_other_bits_keep_weights_and_shifts() -> None:
+    model, batch = binary("bert", 2), tiny_batch("bert")
+    latent = model.bert.encoder.layer[0].output.dense.weight.clone()
+    shift = model.bert.encoder.layer[0].output.dense.input_bits.shift.clone()
+    alpha = model.bert.encoder.layer[0].output.dense.input_bits.alpha.clone()
+    secateur.binarize(model, [batch], 1)
+    dense = model.bert.encoder.layer[0].output.dense
+    assert torch.equal(dense.weight, latent)
+    assert torch.equal(dense.input_bits.shift, shift)
+    assert not torch.equal(dense.input_bits.alpha, alpha)  # calibrated anew for one bit
+    assert len(hub.edits_of(model)) == 1
+    assert torch.equal(logits(secateur.packed_twin(model), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("how", ["random", "layer without both"])
+def test_sliced_and_sparse_models_become_binary(how: str, tmp_path: Path) -> None:
+    model: Any = tiny_model("bert")
+    secateur.sparsify(model)
+    kept = cut(model, how)
+    secateur.apply_edits(model, [secateur.Slice(kept)])
+    hub.attach(model, [secateur.Slice(kept)])
+    batch = tiny_batch("bert")
+    secateur.binarize(model, [batch])
+    assert [edit.type for edit in hub.edits_of(model)] == ["slice", "binarize"]
+    model.save_pretrained(tmp_path)
+    again = hub.open_any(tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert torch.equal(logits(secateur.packed_twin(model), batch), logits(model, batch))
+    with pytest.raises(SecateurError, match="binarize it last"):
+        secateur.apply_edits(again, [secateur.Slice(secateur.SubNetwork.full(again))])
+
+
+def test_a_copy_is_independent() -> None:
+    model, batch = binary("mpnet"), tiny_batch("mpnet")
+    wanted = logits(model, batch)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(logits(model, batch), wanted)
+
+
+def test_without_the_package_the_folder_is_refused(tmp_path: Path) -> None:
+    binary().save_pretrained(tmp_path)
+    code = f"import transformers; transformers.AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0
+    assert "size" in run.stderr.lower()
+
+
+@pytest.mark.parametrize("damage", ["flip", "drop", "short"])
+def test_damaged_bits_are_refused(damage: str, tmp_path: Path) -> None:
+    binary().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    if damage == "flip":
+        tensors[name][3, 0] ^= 4
+    elif damage == "drop":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, file, metadata)
+    with pytest.raises(InvalidModel):
+        hub.open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": {"encoder.layer.0.output.dense": 3}}, "1, 2, 4 or 8 bits"),
+        ({"embeddings": "2bit"}, "embeddings is float or int8 or 1bit"),
+        ({"colour": "red"}, "unknown or missing keys: colour"),
+    ],
+)
+def test_tampered_edits_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    binary().save_pretrained(tmp_path)
+    (edit,) = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["edits"]
+    edit_config(tmp_path, edits=[edit | change])
+    with pytest.raises(InvalidModel, match=message):
+        hub.open_model(tmp_path)
+
+
+def test_bad_input() -> None:
+    model: Any = tiny_model("bert")
+    batch = tiny_batch("bert")
+    for bits in (0, 3, 16, 32):
+        with pytest.raises(SecateurError, match="1, 2, 4 or 8 bits"):
+            secateur.binarize(model, [batch], bits)
+    with pytest.raises(SecateurError, match="'decoder' fits no site"):
+        secateur.binarize(model, [batch], mixed={"decoder": 2})
+    with pytest.raises(SecateurError, match="no regular expression"):
+        secateur.binarize(model, [batch], mixed={"(": 2})
+    with pytest.raises(SecateurError, match="saw no finite activation"):
+        secateur.binarize(model, [])
+    with pytest.raises(UnsupportedModel, match="reads no words"):
+        secateur.binarize(tiny_model("vit"), [tiny_batch("vit")])  # type: ignore[arg-type]
+    late: Any = tiny_model("bert")
+    secateur.apply_edits(late, [secateur.DropTokens((0.5,) * 3)])
+    with pytest.raises(SecateurError, match="eliminates tokens"):
+        secateur.binarize(late, [batch])
+    assert "encoder.layer.0.attention.self:probs" in places(tiny_model("bert"))
+
+
+# --- products of words ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 127, 768])
+@pytest.mark.parametrize(
+    "of_a", [Levels(1, True), Levels(1, False), Levels(2, True), Levels(4, False), Levels(8, True)]
+)
+@pytest.mark.parametrize("of_b", [Levels(1, True), Levels(1, False), Levels(2, True)])
+def test_products_of_words_are_exact(count: int, of_a: Levels, of_b: Levels) -> None:
+    generator = torch.Generator().manual_seed(count)
+    a, b = (
+        to_levels(torch.randn(2, rows, count, generator=generator), torch.tensor(0.02), None, levels)
+        for rows, levels in ((5, of_a), (7, of_b))
+    )
+    wanted = a.to(torch.int64) @ b.to(torch.int64).transpose(-1, -2)
+    assert torch.equal(product(Operand.of(a, of_a), Operand.of(b, of_b)), wanted)
+    if of_a.is_sign and of_b.is_sign:  # K - 2 pc has the parity of K
+        assert bool(((wanted - count) % 2 == 0).all())
+        assert int(wanted.abs().max()) <= count
+
+
+def test_products_of_nothing() -> None:
+    sign = Levels(1, True)
+    assert product(Operand.of(torch.ones(0, 5), sign), Operand.of(torch.ones(3, 5), sign)).shape == (0, 3)
+
+
+def test_thresholds_by_hand() -> None:
+    # z = ½ whole + bias >= 0 from whole = -2 bias on; never within the bounds for the last channel
+    bias = torch.tensor([0.0, 1.0, -1.25, 100.0, -100.0])
+    found = thresholds(lambda whole: whole * 0.5 + bias >= 0, -10, 10, (5,))
+    assert found.tolist() == [0, -2, 3, -10, 11]
+
+
+def test_a_table_of_exponentials_decides_as_softmax_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = 2 * torch.randint(-32, 33, (2, 3, 50, 50), generator=generator)
+    factor, alpha = torch.tensor(0.07), torch.tensor(0.09)
+    keep = torch.ones(2, 1, 1, 50, dtype=torch.bool)
+    keep[1, ..., 30:] = False
+    found = bits_by_table(whole, 64, factor, alpha, keep)
+    scores = (whole.float() * factor).masked_fill(~keep, torch.finfo(torch.float32).min)
+    wanted = to_levels(scores.softmax(-1, dtype=torch.float64), alpha, None, Levels(1, False))
+    assert torch.equal(found.double(), wanted)
+    assert 0.01 < float(found.mean()) < 0.5
+    assert not bool(found[1, ..., 30:].any())  # a padded key is never looked at
+
+
+def test_what_only_a_bit_is_read_of_never_becomes_a_float() -> None:
+    twin = secateur.packed_twin(binary("bert"))
+    layer = twin.bert.encoder.layer[0]
+    folded = [
+        layer.attention.self.query,
+        layer.attention.self.key,
+        layer.attention.self.value,
+        layer.intermediate.dense,
+    ]
+    assert all(isinstance(module, PackedLinear) and module.hands_on is not None for module in folded)
+    assert layer.output.dense.hands_on is None  # its outputs are added to the residual stream
+    assert layer.output.dense.takes_levels
+    assert layer.attention.output.dense.takes_levels
