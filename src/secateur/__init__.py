@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from secateur.bits.integer import packed_twin
     from secateur.edits import DropTokens, Slice, apply_edits
     from secateur.edits.sparsify import hold_zeros
+    from secateur.methods.bit import Bit
     from secateur.methods.late import Late
     from secateur.methods.mgpp import Mgpp
     from secateur.methods.optin import Optin
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Bit": "methods.bit",
     "CompressionTrainer": "train",
     "DropTokens": "edits",
     "Late": "methods.late",
@@ -61,6 +63,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Bit",
     "CompressionTrainer",
     "DropTokens",
     "Late",

@@ -24,7 +24,7 @@ from secateur.errors import InvalidData, SecateurError
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Task, batches
 from secateur.tasks.batching import token_limit
-from secateur.train import Settings, distilled, fit
+from secateur.train import Objective, Settings, distilled, fit
 
 Value = TypeVar("Value")
 
@@ -84,24 +84,33 @@ class Job:
         )
         return [{k: v for k, v in batch.items() if labels or k != "labels"} for batch in data]
 
+    def distillation(self, weight: float) -> Objective | None:
+        """The loss with the distance to the job's model at a weight; None for the model's own."""
+        return distilled(copy.deepcopy(self.model), weight) if weight else None
+
     def trained(
-        self, model: PreTrainedModel, settings: Settings, callback: TrainerCallback, distill: float
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        callbacks: Sequence[TrainerCallback],
+        objective: Objective | None = None,
+        stage: str = "training",
     ) -> dict[str, Tensor]:
         """Train a model in place, with checkpoints in the run's folder, if it has one.
 
         Args:
             model: a changed copy of the job's.
             settings: what decides the result.
-            callback: what compresses it meanwhile.
-            distill: weight of the distance to the job's model in the loss.
+            callbacks: what compresses it meanwhile.
+            objective: the loss; the model's own if None.
+            stage: name of the folder of its checkpoints.
 
         Returns:
             The weights at the end, by name.
         """
-        objective = distilled(copy.deepcopy(self.model), distill) if distill else None
         set_seed(self.seed)
         with tempfile.TemporaryDirectory() as spare:
-            folder = Path(spare) if self.run.folder is None else self.run.folder / "training"
+            folder = Path(spare) if self.run.folder is None else self.run.folder / stage
             fit(
                 model,
                 self.tokenizer,
@@ -109,7 +118,7 @@ class Job:
                 folder,
                 settings,
                 objective=objective,
-                callbacks=[callback],
+                callbacks=callbacks,
                 progress=self.show,
             )
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from secateur.bits.modules import quantizers
 from secateur.costs.inputs import dummy_inputs, run
 from secateur.families import Site, UnitKind, in_features, out_features, sites, weight_of
 from secateur.sparsity.linear import dense_products
@@ -114,6 +115,13 @@ def map_params(model: nn.Module) -> LinearCost:
         return sum(weight_of(module).numel() for module, _ in site.cuts) / max(site.units, 1)
 
     return _with_fixed_part(sum(w.numel() for w in weights), found.heads, found.neurons, per_unit)
+
+
+def bits(model: nn.Module) -> LinearCost:
+    """The most bits that an activation has in the products that are quantised; those of its dtype if none are."""
+    found = [quantizer.levels.bits for quantizer in quantizers(model)]
+    count = max(found, default=8 * next(model.parameters()).element_size())
+    return LinearCost(float(count), (0.0,) * len(sites(model).heads), (0.0,) * len(sites(model).neurons))
 
 
 def size_bytes(model: nn.Module) -> LinearCost:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from secateur.costs.analytic import LinearCost, encoder_params, file_bytes, macs, map_params, params
+from secateur.costs.analytic import LinearCost, bits, encoder_params, file_bytes, macs, map_params, params
 from secateur.costs.latency import LatencyTable, latency_table
 from secateur.errors import InvalidBudget
 from secateur.subnetwork import SubNetwork
@@ -28,6 +28,7 @@ UNITS: dict[str, dict[str, float]] = {
     "latency": _TIME,
     "speedup": {"": 1.0, "x": 1.0},
     "sparsity": {"": 1.0},
+    "bits": {"": 1.0},
 }
 """For each kind of budget, the units it may be written in and what they are worth (latency in milliseconds)."""
 
@@ -39,9 +40,12 @@ EXAMPLES = {
     "latency": "latency<=12ms",
     "speedup": "speedup>=3",
     "sparsity": "sparsity>=90%",
+    "bits": "bits<=1",
 }
 LOWER = frozenset({"speedup", "sparsity"})
 """Kinds of budget that set a least instead of a most."""
+WHOLE = frozenset({"speedup", "bits"})
+"""Kinds of budget that are no share."""
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 _TERM = re.compile(rf"\w+\s*(?P<sign>[<>]=)\s*(?P<value>{_NUMBER})\s*(?P<unit>%|[a-z]*)", re.IGNORECASE)
@@ -111,7 +115,7 @@ class Budget:
             text: limits joined with commas, each `kind<=amount`. Kinds: macs, params, encoder_params (amounts such as
                 15M or 2.5G), size (20MB, 20MiB), latency (12ms); or a share of the model as given (60%). And
                 `speedup>=3`: at most a third of the model's MACs; `sparsity>=90%`: zeros among the weights of the
-                layers' linear maps.
+                layers' linear maps; `bits<=1`: of the inputs of the layers' products.
 
         Raises:
             InvalidBudget: the text cannot be read, a kind is unknown or given twice, or a share would cut nothing.
@@ -224,7 +228,13 @@ def _cost(kind: str, model: nn.Module, batch: int, tokens: int) -> Cost:
         return macs(model, batch, tokens)
     if kind == "latency":
         return latency_table(model, batch, tokens)
-    counters = {"params": params, "encoder_params": encoder_params, "map_params": map_params, "size": file_bytes}
+    counters = {
+        "params": params,
+        "encoder_params": encoder_params,
+        "map_params": map_params,
+        "size": file_bytes,
+        "bits": bits,
+    }
     return counters[kind](model)
 
 
@@ -235,7 +245,7 @@ def _term(piece: str) -> Term:
     kind = kind.lower()
     match = _TERM.fullmatch(piece)
     if match is None or match["sign"] != (">=" if kind in LOWER else "<="):
-        share = "" if kind in LOWER else f" or a share, '{kind}<=60%'"
+        share = "" if kind in LOWER | WHOLE else f" or a share, '{kind}<=60%'"
         raise InvalidBudget(f"'{piece}' cannot be read: write '{EXAMPLES[kind]}'{share}.")
     value, unit = float(match["value"]), _unit(kind, match["unit"], piece)
     if value <= 0:
@@ -250,11 +260,11 @@ def _term(piece: str) -> Term:
 
 
 def _unit(kind: str, text: str, piece: str) -> str:
-    if text == "%" and kind != "speedup":
+    if text == "%" and kind not in WHOLE:
         return "%"
     for unit in UNITS[kind]:
         if unit.lower() == text.lower():
             return unit
     units = ", ".join(unit for unit in UNITS[kind] if unit)
-    share = "" if kind == "speedup" else " or %"
+    share = "" if kind in WHOLE else " or %"
     raise InvalidBudget(f"'{piece}' needs a unit of {kind} ({units}{share}), as in '{EXAMPLES[kind]}'.")

@@ -181,6 +181,10 @@ class Binarize:
             digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def weights(self, model: nn.Module) -> list[str]:
+        """Names, in the whole model, of the weights that are stored in another form."""
+        return list(self._keys(model))
+
     def _stored(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, bool, str]]:
         """Module, name of its weight, whether it has a scale for each row, and "bits" or "int8"."""
         for name in self.maps:

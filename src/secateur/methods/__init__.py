@@ -7,15 +7,23 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.methods.baselines import Baseline
+from secateur.methods.bit import Bit
 from secateur.methods.late import Late
 from secateur.methods.mgpp import Mgpp
 from secateur.methods.optin import Optin
 from secateur.methods.ptf import Ptf
 from secateur.run import Method
 
-__all__ = ["METHODS", "Baseline", "Late", "Mgpp", "Optin", "Ptf", "method_of"]
+__all__ = ["METHODS", "Baseline", "Bit", "Late", "Mgpp", "Optin", "Ptf", "method_of"]
 
-METHODS: dict[str, type[Any]] = {"optin": Optin, "ptf": Ptf, "late": Late, "mgpp": Mgpp, "baseline": Baseline}
+METHODS: dict[str, type[Any]] = {
+    "optin": Optin,
+    "ptf": Ptf,
+    "late": Late,
+    "mgpp": Mgpp,
+    "bit": Bit,
+    "baseline": Baseline,
+}
 
 
 def method_of(method: str | Method, **settings: Any) -> Method:

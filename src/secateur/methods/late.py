@@ -225,7 +225,7 @@ class Late:
             bf16=bf16_pays(),
         )
         turning = Turning(dial_of(model), goal, self.ramp, self.sandwich, job.seed)
-        return job.trained(model, settings, turning, self.distill)
+        return job.trained(model, settings, [turning], job.distillation(self.distill))
 
 
 def outputs(model: PreTrainedModel, inputs: list[dict[str, Tensor]]) -> Tensor:

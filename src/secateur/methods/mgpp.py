@@ -137,4 +137,4 @@ class Mgpp(PruningSettings):
             beta2=self.beta2,
             eps=self.eps,
         )
-        return job.trained(model, settings, pruning, self.distill)
+        return job.trained(model, settings, [pruning], job.distillation(self.distill))

@@ -17,6 +17,7 @@ LEAST = {"speedup": (1.0, "×"), "sparsity": (0.01, "%")}
 _NAMES = {
     "speedup": "Speed-up of MACs",
     "sparsity": "Sparsity of the layers' maps",
+    "bits": "Bits of activations",
     "map_params": "Weights of the layers' maps",
     "macs": "MACs",
     "params": "Parameters",

@@ -1,13 +1,16 @@
 """Training: the loop, its losses, and the verb `finetune`."""
 
+from secateur.train.binarizing import KeepBest, LatentWeights
 from secateur.train.finetuning import finetune
 from secateur.train.loop import BucketTrainer, CompressionTrainer, Settings, bf16_pays, fit, last_checkpoint
-from secateur.train.losses import Objective, distilled, output_distance
+from secateur.train.losses import Objective, distilled, imitated, output_distance
 from secateur.train.pruning import Pruning, PruningSettings
 
 __all__ = [
     "BucketTrainer",
     "CompressionTrainer",
+    "KeepBest",
+    "LatentWeights",
     "Objective",
     "Pruning",
     "PruningSettings",
@@ -16,6 +19,7 @@ __all__ = [
     "distilled",
     "finetune",
     "fit",
+    "imitated",
     "last_checkpoint",
     "output_distance",
 ]

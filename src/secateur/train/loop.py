@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from secateur.bits.modules import quantizers
 from secateur.edits import Sparsify
 from secateur.edits.sparsify import hold_zeros
 from secateur.errors import InvalidModel
@@ -60,6 +61,7 @@ class Settings:
         dropout: share of activations set to zero; None keeps the model's.
         bf16: bfloat16 autocast.
         beta2, eps: of AdamW.
+        scale_lr: peak learning rate of the scales of quantised activations, if another one.
     """
 
     epochs: int
@@ -73,6 +75,7 @@ class Settings:
     bf16: bool
     beta2: float = 0.999
     eps: float = 1e-8
+    scale_lr: float | None = None
 
 
 def fit(
@@ -111,6 +114,7 @@ def fit(
         train_dataset=_Rows(rows),
         callbacks=[*callbacks, _Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds)],  # marks them last
         objective=objective,
+        scale_lr=settings.scale_lr,
     )
     trainer.remove_callback(PrinterCallback)  # it writes to standard output
     for checkpoint in folder.glob("checkpoint-*"):
@@ -185,7 +189,34 @@ class CompressionTrainer(Trainer):
 
 
 class BucketTrainer(CompressionTrainer):
-    """A trainer whose batches hold examples of like length. The training set must be an encoded split's rows."""
+    """A trainer whose batches hold examples of like length. The training set must be an encoded split's rows.
+
+    Args:
+        scale_lr: peak learning rate of the scales of quantised activations; that of the weights if None.
+    """
+
+    def __init__(self, *args: Any, scale_lr: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale_lr = scale_lr
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of what decays: no biases and norms, and no scales and shifts of activations."""
+        light = {id(p) for quantizer in quantizers(model) for p in quantizer.parameters()}
+        return [n for n in super().get_decay_parameter_names(model) if id(model.get_parameter(n)) not in light]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimiser; scales of activations are a group of their own, if they have a rate of their own."""
+        optimizer = super().create_optimizer(model)
+        if self.scale_lr is not None:
+            scales = {
+                id(q.alpha): q.alpha
+                for q in quantizers(cast(nn.Module, self.model if model is None else model))
+                if q.alpha.requires_grad
+            }
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in scales]
+            optimizer.add_param_group({"params": list(scales.values()), "weight_decay": 0.0, "lr": self.scale_lr})
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of an epoch; their order depends on the seed and the epoch alone."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import nn
 
+from secateur.errors import SecateurError
 from secateur.tasks.tagging import IGNORED
 
 if TYPE_CHECKING:
@@ -36,14 +37,69 @@ def distilled(teacher: PreTrainedModel, weight: float, temperature: float = 2.0)
             teacher.to(found.logits.device)
         with torch.no_grad():
             wanted = teacher(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-        logits = found.logits
-        if logits.dim() == 3:  # a class for each word
-            counted = batch["labels"] != IGNORED
-            logits, wanted = logits[counted], wanted[counted]
+        logits, wanted = _counted(found.logits, wanted, batch)
         loss: torch.Tensor = (1 - weight) * found.loss + weight * output_distance(logits, wanted, temperature)
         return loss
 
     return objective
+
+
+def imitated(teacher: PreTrainedModel) -> Objective:
+    """BiT's loss, without labels: distance of the outputs and of every hidden state to a teacher's (spec 4).
+
+    Outputs: the mean over examples and classes of the cross-entropy to the teacher's probabilities, less the teacher's
+    own entropy, which has no gradient; or the squared difference where there is one output. Hidden states: the sum over
+    embeddings and layers of the mean squared difference, over real tokens.
+
+    Args:
+        teacher: as wide and as deep as the student; it is used in evaluation mode and without gradients.
+    """
+    teacher.eval().requires_grad_(False)
+
+    def objective(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        check_teacher(model, teacher)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        found = model(**inputs, output_hidden_states=True)
+        if teacher.device != found.logits.device:
+            teacher.to(found.logits.device)
+        with torch.no_grad():
+            wanted = teacher(**inputs, output_hidden_states=True)
+        logits, goal = _counted(found.logits, wanted.logits, batch)
+        loss = output_distance(logits, goal, 1.0) / logits.shape[-1]
+        for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
+            loss = loss + nn.functional.mse_loss(_real(one, inputs), _real(other, inputs))
+        return loss
+
+    return objective
+
+
+def check_teacher(model: nn.Module, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher whose outputs, words or hidden states are not those of the student.
+
+    Raises:
+        SecateurError: names the first that differs.
+    """
+    config = getattr(getattr(model, "module", model), "config", None)
+    for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers"):
+        mine, other = getattr(config, name, None), getattr(teacher.config, name, None)
+        if mine != other:
+            raise SecateurError(f"The teacher has {name} {other}, the student {mine}: distil from a model like it.")
+
+
+def _counted(
+    logits: torch.Tensor, wanted: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of a student and its teacher; of a class for each word only those that count."""
+    if logits.dim() == 3:
+        counted = batch["labels"] != IGNORED
+        return logits[counted], wanted[counted]
+    return logits, wanted
+
+
+def _real(states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Hidden states of tokens that are no padding, (tokens, width)."""
+    mask = inputs.get("attention_mask")
+    return states if mask is None else states[mask.bool()]
 
 
 def output_distance(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -1,0 +1,107 @@
+"""What training a binary model needs besides the loop: latent weights in checkpoints, and the best of its epochs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secateur.edits import Binarize
+from secateur.hub import edits_of
+
+LATENT = "latent.safetensors"
+BEST = "best.safetensors"
+
+
+class LatentWeights(TrainerCallback):
+    """Keeps the float weights behind the bits beside a checkpoint, which itself holds bits, and goes on from them."""
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Write them."""
+        if model is not None and state.is_world_process_zero:
+            save_file(_latent(model), _folder(args, state) / LATENT)
+
+    @torch.no_grad()
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Read them, if training goes on; without them it goes on from ±s."""
+        file = _folder(args, state) / LATENT
+        if model is not None and state.global_step > 0 and file.is_file():
+            kept = load_file(file)
+            for name, weight in _latent(model).items():
+                weight.copy_(kept[name])
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _latent(model: nn.Module) -> dict[str, Tensor]:
+    names = [name for edit in edits_of(model) if isinstance(edit, Binarize) for name in edit.weights(model)]
+    return {name: model.get_parameter(name).detach() for name in names}
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the weights of the epoch that was best on validation.
+
+    Args:
+        judge: scores the model, in evaluation mode; more is better.
+        folder: where they are kept, so that a run that is killed goes on with them.
+    """
+
+    def __init__(self, judge: Callable[[PreTrainedModel], float], folder: Path) -> None:
+        self.judge = judge
+        self.file = folder / BEST
+        self.scores: dict[str, float] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Forget the epochs of another run, or those that a killed run will see again."""
+        notes = self.file.with_suffix(".json")
+        found = json.loads(notes.read_text()) if notes.is_file() else {}
+        self.scores = {step: score for step, score in found.items() if int(step) <= state.global_step}
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Score the epoch, and keep its weights if they are the best so far."""
+        score = self.judge(model.eval())
+        model.train()
+        if score > max(self.scores.values(), default=-torch.inf):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self.file.with_suffix(".tmp")
+            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh)
+            os.replace(fresh, self.file)
+        self.scores[str(state.global_step)] = score
+        notes = self.file.with_suffix(".json")
+        notes.with_suffix(".new").write_text(json.dumps(self.scores))
+        os.replace(notes.with_suffix(".new"), notes)
+
+    def restore(self, model: nn.Module) -> None:
+        """Give a model the best weights."""
+        if self.scores:
+            model.load_state_dict(load_file(self.file))

@@ -1,0 +1,232 @@
+"""Contract of BiT: families end binary, a killed run resumes to the same bits, teachers and losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+import secateur
+from secateur import hub
+from secateur.bits.modules import BinaryLinear
+from secateur.bits.quantizers import binarized
+from secateur.errors import InvalidBudget, SecateurError
+from secateur.train import CompressionTrainer, KeepBest, imitated
+from tests.conftest import ENCODERS, tiny_batch, tiny_model
+from tests.contract.test_bits import BINARY, logits
+from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
+
+BIT: dict[str, Any] = dict(epochs=2, lr=1e-3, batches=1)
+
+
+@pytest.mark.parametrize("family", [name for name in ENCODERS if name in BINARY])
+def test_every_family_ends_binary(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = compress(model, secateur.Bit(**BIT), task=tiny_task(), tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (term,) = result.budget["terms"]
+    assert (term["kind"], term["met"], term["reached"]) == ("bits", True, 1.0)
+    assert [edit["type"] for edit in result.edits] == ["binarize"]
+    assert result.after.bytes < 0.45 * result.before.bytes
+    batch = tiny_batch(family)
+    again = hub.open_model(tmp_path / "out")
+    assert torch.equal(logits(again, batch), logits(result.model, batch))
+    assert torch.equal(logits(secateur.packed_twin(again), batch), logits(again, batch))
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "bits"),
+    [
+        ({"through": None}, "bits<=1", {1}),
+        ({"through": "8,4"}, "bits<=2", {2}),
+        ({"through": "4,2", "mixed": ".=1, :probs=4"}, "bits<=4", {1, 4}),
+        ({"distill": False, "elastic": False, "through": None}, "bits<=1", {1}),
+        ({"two_sets": False, "relu": False, "rows": True, "embeddings": "int8"}, "bits<=1", {1}),
+    ],
+)
+def test_settings(settings: dict[str, Any], budget: str, bits: set[int]) -> None:
+    method = secateur.Bit(**{**BIT, "epochs": 1, **settings})
+    result = compress(tiny_model("bert"), method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget=budget)
+    (edit,) = result.edits
+    assert set(edit["bits"].values()) == bits
+    assert result.budget["terms"][0]["met"]
+    dense = next(module for module in result.model.modules() if isinstance(module, BinaryLinear))
+    assert dense.input_bits.alpha.requires_grad  # training on is not held back
+    shifted = any(m.input_bits.shift.any() for m in result.model.modules() if isinstance(m, BinaryLinear))
+    assert bool(shifted) == settings.get("elastic", True)
+
+
+def _compress(model: Path, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
+    code = f"""
+import torch; torch.set_num_threads(1)
+import secateur, secateur.train.loop
+secateur.train.loop.CHECKPOINT_SECONDS = 0
+from tests.contract.test_bit import BIT
+from tests.contract.test_methods import tiny_task
+method = secateur.Bit(**{{**BIT, "epochs": 4}})
+secateur.compress({str(model)!r}, method, task=tiny_task(200), out={str(out)!r}, resume={resume}, seconds=0.05)
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+
+
+def test_killed_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL in the second step, in the middle of an epoch; weights and scales end the same, bit by bit."""
+    tiny_model("bert").save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    assert _compress(tmp_path / "dense", tmp_path / "whole").wait(300) == 0
+    run = _compress(tmp_path / "dense", tmp_path / "out")
+    checkpoints = tmp_path / "out.run" / "step 2 of 2, 1 bits"
+    deadline = time.monotonic() + 300
+
+    def reached() -> int:
+        found = [int(path.parent.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*/complete")]
+        return max(found, default=0)
+
+    while reached() < 20 and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert run.poll() is None
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    last = _compress(tmp_path / "dense", tmp_path / "out", resume=True)
+    assert last.wait(300) == 0, last.stderr.read()  # type: ignore[union-attr]
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_loss_by_hand() -> None:
+    teacher: Any = tiny_model("bert")
+    student: Any = tiny_model("bert", seed=1)
+    batch = tiny_batch("bert") | {"labels": torch.tensor([0, 1, 0])}
+    found = float(imitated(teacher)(student, batch).detach())
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        mine, goal = (model(**inputs, output_hidden_states=True) for model in (student, teacher))
+    p = goal.logits.softmax(-1)
+    cross = -(p * mine.logits.log_softmax(-1)).mean()
+    entropy = -(p * goal.logits.log_softmax(-1)).mean()
+    real = batch["attention_mask"].bool()
+    states = sum(
+        float((a[real] - b[real]).square().mean()) for a, b in zip(mine.hidden_states, goal.hidden_states, strict=True)
+    )
+    assert len(mine.hidden_states) == 4  # the embeddings and three layers
+    assert found == pytest.approx(float(cross - entropy) + states, rel=1e-5)
+    assert float(imitated(teacher)(teacher, batch)) == pytest.approx(0, abs=1e-6)
+
+
+def test_one_output_has_a_gradient_and_the_teacher_no_dropout() -> None:
+    teacher: Any = tiny_model("bert", num_labels=1).train()
+    student: Any = tiny_model("bert", seed=1, num_labels=1)
+    batch = tiny_batch("bert") | {"labels": torch.tensor([0.5, 1.0, 2.0])}
+    objective = imitated(teacher)
+    first, second = objective(student, batch), objective(student, batch)
+    assert torch.equal(first, second)
+    first.backward()
+    assert float(student.classifier.weight.grad.abs().sum()) > 0
+
+
+def test_distillation_helps(tmp_path: Path) -> None:
+    """One-bit students of a model that fits its data, after as many steps with and without a teacher."""
+    tokenizer, task = tiny_tokenizer(), tiny_task(64)
+    from secateur.tasks import evaluate
+    from secateur.train import Settings, fit
+
+    model: Any = tiny_model("bert")
+    fit(model, tokenizer, task, tmp_path, Settings(20, 1e-3, 16, 64, 0.1, 0.0, 0, 0.0, False))
+    losses = {}
+    for distill in (True, False):
+        method = secateur.Bit(through=None, epochs=10, lr=1e-3, batches=1, distill=distill, dropout=0.0)
+        result = compress(model, method, task=task, tokenizer=tokenizer)
+        found = evaluate(result.model, tokenizer, task, "train")
+        dense = evaluate(model, tokenizer, task, "train")
+        losses[distill] = float((found.logits.softmax(-1) - dense.logits.softmax(-1)).square().mean())
+    assert losses[True] < losses[False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_labels": 3}, "num_labels 3, the student 2"), ({"vocab_size": 120}, "vocab_size 120, the student 99")],
+)
+def test_another_teacher_is_refused(change: dict[str, int], message: str) -> None:
+    student: Any = tiny_model("bert")
+    with pytest.raises(SecateurError, match=message):
+        imitated(tiny_model("bert", **change))(student, tiny_batch("bert"))  # type: ignore[arg-type]
+
+
+def test_any_trainer_distils_a_binary_model(tmp_path: Path) -> None:
+    batch = tiny_batch("bert", batch=8) | {"labels": torch.arange(8) % 2}
+    rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(8)]
+    teacher: Any = tiny_model("bert")
+    student: Any = tiny_model("bert")
+    secateur.binarize(student, [tiny_batch("bert")])
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=30, learning_rate=2e-3, report_to="none", use_cpu=True, save_strategy="no",
+        logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = CompressionTrainer(student, arguments, train_dataset=rows, objective=imitated(teacher))  # type: ignore[arg-type]
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
+    scores = iter([0.5, 0.9, 0.9, 0.3])
+    keep = KeepBest(lambda model: next(scores), tmp_path / "run")
+    model: Any = tiny_model("bert")
+    secateur.binarize(model, [tiny_batch("bert")])
+    rows = [{name: tensor[i] for name, tensor in tiny_batch("bert").items()} | {"labels": i % 2} for i in range(3)]
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=4, per_device_train_batch_size=3, learning_rate=1e-3, report_to="none",
+        use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    seen = []
+
+    class Record(KeepBest):
+        def on_epoch_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append(model.bert.encoder.layer[0].output.dense.weight.detach().clone())
+
+    callbacks = [keep, Record(lambda model: 0.0, tmp_path)]
+    CompressionTrainer(model, arguments, train_dataset=rows, callbacks=callbacks).train()  # type: ignore[arg-type]
+    keep.restore(model)
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    assert torch.equal(weight, seen[1])  # the first of the two best, with its latent weights
+    assert binarized(weight)[0].unique().tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "message"),
+    [
+        ({"through": 3}, None, "through has falling bits"),
+        ({"through": "2,4"}, None, "through has falling bits"),
+        ({"through": "two"}, None, "through is such as 2"),
+        ({"mixed": "probs"}, None, "mixed is such as"),
+        ({"embeddings": "int4"}, None, "embeddings is float or int8 or 1bit"),
+        ({"lr": -1.0}, None, "lr is a number from 0"),
+        ({"mixed": ":probs=4"}, "bits<=1", "mixed has :probs=4, above the budget"),
+        ({"mixed": "decoder=1"}, "bits<=1", "'decoder' fits no site"),
+        ({}, "bits<=0.5", "out of reach"),
+        ({}, "bits<=50%", "needs a unit"),
+        ({}, "macs<=50%", "takes no 'macs' budget"),
+        ({}, "bits<=64", "meets bits<=64"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], budget: str | None, message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        compress(
+            tiny_model("bert"), secateur.Bit(**settings), task=tiny_task(), tokenizer=tiny_tokenizer(), budget=budget
+        )
+    if "reach" in message:
+        with pytest.raises(InvalidBudget, match=message):
+            compress(tiny_model("bert"), secateur.Bit(), task=tiny_task(), tokenizer=tiny_tokenizer(), budget=budget)
