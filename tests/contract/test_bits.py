@@ -323,3 +323,14 @@ def test_what_only_a_bit_is_read_of_never_becomes_a_float() -> None:
     assert layer.output.dense.hands_on is None  # its outputs are added to the residual stream
     assert layer.output.dense.takes_levels
     assert layer.attention.output.dense.takes_levels
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_onnx_holds_the_simulation(family: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, batch = binary(family), tiny_batch(family)
+    folder = secateur.export(model, tmp_path / "onnx", format="onnx")
+    session = onnxruntime.InferenceSession(next(Path(folder).glob("*.onnx")))
+    names = {one.name for one in session.get_inputs()}
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items() if name in names})
+    torch.testing.assert_close(torch.from_numpy(found), logits(model, batch), rtol=1e-4, atol=1e-4)

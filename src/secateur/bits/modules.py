@@ -90,7 +90,8 @@ class BinaryLinear(nn.Linear):
 
     def signs(self) -> tuple[Tensor, Tensor]:
         """Signs of the weights and their scale; kept from call to call while nothing is trained."""
-        if torch.is_grad_enabled() or self.weight.is_inference():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if traced or torch.is_grad_enabled() or self.weight.is_inference():
             self.__dict__["_signs"] = None
             return binarized(self.weight, rows=self.rows)
         stamp = (self.weight.data_ptr(), self.weight._version)
