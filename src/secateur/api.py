@@ -155,6 +155,7 @@ def compress(
         scores=_scores(outcome.scores),
         model=outcome.model,
         tokenizer=words,
+        given_bytes=hub.given_bytes(source),
     )
     if out is not None:
         result.save(out)
@@ -201,7 +202,8 @@ def plan(
         ],
         "heads": list(sub.head_widths) if sub else None,
         "neurons": list(sub.neuron_widths) if sub else None,
-        "setting": {"batch": batch, "tokens": length, "calibration_rows": len(data.train or ())},
+        "setting": {"batch": batch, "tokens": length, "training_rows": len(data.train or ())}
+        | (chosen.check(net, limits, len(data.train or ())) if hasattr(chosen, "check") else {}),
     }
 
 

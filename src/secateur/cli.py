@@ -392,8 +392,10 @@ def _print_results(records: list[dict[str, Any]]) -> None:
 
 def _print_plan(found: dict[str, Any]) -> None:
     for limit in found["limits"]:
-        planned = f", {limit['predicted']:.4g} planned" if "predicted" in limit else ", reach not checked"
-        what = "macs" if limit["kind"] == "speedup" else limit["kind"]
+        planned = f", {limit['predicted']:.4g} planned" if "predicted" in limit else ""
+        planned = planned or ("" if "steps" in found["setting"] else ", reach not checked")
+        named = {"speedup": "macs", "sparsity": "weights of the layers' maps that are not zero"}
+        what = named.get(limit["kind"], limit["kind"])
         typer.echo(f"{what}: {limit['before']:.4g} now, at most {limit['limit']:.4g} asked{planned}")
     if found["heads"] is not None:
         typer.echo(f"heads kept if all units mattered alike: {found['heads']}")

@@ -406,6 +406,12 @@ def bytes_on_disk(model: PreTrainedModel) -> int:
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
+def given_bytes(source: str) -> int | None:
+    """Bytes of the weight files in a folder; None if it is none."""
+    sizes = [file.stat().st_size for file in Path(source).glob("*.safetensors")] if Path(source).is_dir() else []
+    return sum(sizes) or None
+
+
 def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Path:
     """Save model and tokenizer as one folder, whole or not at all."""
     return save_folder(folder, lambda fresh: write_model(fresh, model, tokenizer))

@@ -46,6 +46,7 @@ class Result:
     """A compressed model and the record of how it came about (`result.json`).
 
     Attributes:
+        given_bytes: size of the weight files that were opened, in whatever precision; None of a live model or a hub id.
         model: the compressed model, ready to use, `save_pretrained` or train further.
         tokenizer: its tokenizer, if the model reads text.
         name: short name of the method's setting.
@@ -80,6 +81,7 @@ class Result:
     scores: dict[str, list[list[float]]]
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False, default=None)
+    given_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `result.json`."""

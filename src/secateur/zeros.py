@@ -23,8 +23,14 @@ def sparsify(model: PreTrainedModel, values: Values = "fp32", block: tuple[int, 
 
     Returns:
         The same model.
+
+    Raises:
+        SecateurError: none of its weights is zero.
     """
-    hub.attach(model, [sparsified(prunable(model), values, block)])
+    weights = prunable(model)
+    if not any(bool((weight == 0).any()) for weight in weights.values()):
+        raise SecateurError("No weight of the layers' maps is zero: prune the model first, or the file grows.")
+    hub.attach(model, [sparsified(weights, values, block)])
     return model
 
 

@@ -426,13 +426,14 @@ def test_two_processes_choose_the_masks_of_one(score: str, prior: bool, tmp_path
         ({}, "sparsity>=0", "the limit must be above 0"),
         ({}, "sparsity<=80%", "write 'sparsity>=90%'"),
         ({}, "macs<=50%", "mgpp takes no 'macs' budget: use sparsity"),
-        ({"before": 0.6, "after": 0.5}, None, "no room: it would begin at step 5 and end at step 4"),
+        ({"before": 0.6, "after": 0.5}, None, "together they are below 1"),
+        ({"before": 0.5, "after": 0.49}, None, "no room: it would begin at step 4 and end at step 4"),
         ({"pattern": "2:4"}, None, "0.8 is out of reach: of the 21,504 weights that may go, a share of 0.5 can"),
         ({"pattern": "5x5"}, None, "is 32 x 32 and cannot be divided into 5x5"),
         ({"pattern": "many"}, None, "A pattern is '1x1'"),
         ({"weights": "[a-"}, None, "is no regular expression"),
         ({"weights": "no such"}, None, "matches no weight; there are such as encoder.layer.0.attention.self.query"),
-        ({"spike": 0.5}, None, "not above the slab's"),
+        ({"spike": 0.5}, None, "0 < spike <= slab"),
         ({"slab_share": 1.5}, None, "slab's share lies between 0 and 1"),
         ({"floor": 1.5}, None, "floor is a share"),
         ({"slab_last": 0}, None, "slab_last is above 0"),
@@ -452,6 +453,26 @@ def test_bad_settings_and_budgets(settings: dict[str, Any], budget: str | None, 
             tokenizer=tiny_tokenizer(),
             budget=budget,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_equal_weights_and_ends_as_sparse(dtype: torch.dtype, tmp_path: Path) -> None:
+    model: Any = tiny_model("bert").to(dtype)
+    pruning = Pruning(0.9, PruningSettings(before=0.1))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=5e-4, use_cpu=True, report_to="none",
+        save_strategy="no",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="chosen only 2 times"):
+        Trainer(model, arguments, train_dataset=_rows("bert"), callbacks=[pruning]).train()  # type: ignore[arg-type]
+    weights = prunable(model)
+    total = sum(weight.numel() for weight in weights.values())
+    assert 0.9 - 2 / total <= sparsity(weights) <= 0.9
+
+
+def test_a_dense_model_has_no_zeros_to_store() -> None:
+    with pytest.raises(SecateurError, match="prune the model first"):
+        secateur.sparsify(tiny_model("bert"))  # type: ignore[arg-type]
 
 
 def test_a_budget_counts_all_maps_also_if_some_may_not_go() -> None:

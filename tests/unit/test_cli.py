@@ -140,6 +140,30 @@ def test_list_measure_and_evaluate_print_json(work: Path) -> None:
     assert 0 <= judged["metrics"]["accuracy"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "starts", "message"),
+    [
+        (["pattern=4x2"], True, "weights of the layers' maps that are not zero"),
+        (["pattern=5x5"], False, "cannot be divided into 5x5"),
+        (["weights=nothinghere"], False, "matches no weight"),
+        (["pattern=2:4"], False, "nearest feasible budget is sparsity>=0.5"),
+        (["floor=0.5"], False, "nearest feasible budget is sparsity>=0.5"),
+        (["before=0.6", "after=0.6"], False, "together they are below 1"),
+        (["lr=0"], False, "lr is above 0"),
+        (["spike=1"], False, "0 < spike <= slab"),
+    ],
+)
+def test_a_dry_run_says_what_a_run_would(settings: list[str], starts: bool, message: str, work: Path) -> None:
+    pairs = [part for setting in settings for part in ("-s", setting)]
+    budget = ["-b", "sparsity>=90%", "--dry-run"]
+    result = runner.invoke(app, ["compress", "model", "-t", "data.csv", "-m", "mgpp", *budget, *pairs])
+    assert (result.exit_code == 0) == starts
+    assert message in (result.stdout if starts else str(result.exception))
+    if starts:
+        assert "steps" in result.stdout
+        assert "choices" in result.stdout
+
+
 def test_dry_run_writes_nothing(work: Path) -> None:
     result = runner.invoke(app, ["compress", "model", "-t", "data.csv", "-b", "macs<=70%", "--dry-run", "--json"])
     found = json.loads(result.stdout)

@@ -239,6 +239,23 @@ def test_text_of_the_user_stays_text() -> None:
         assert "&lt;script" in labels
 
 
+def test_a_model_that_lost_no_unit_is_headed_by_what_it_lost() -> None:
+    record = made()
+    after = record["before"] | {"bytes": 53_977_248}
+    for kind, reached, wording in (
+        ("sparsity", 0.9, "90.0 % zeros in the layers' maps"),
+        ("bits", 1.0, "operands of 1 bits"),
+    ):
+        terms = [{"kind": kind, "asked": "", "limit": 1.0, "reached": reached, "met": True}]
+        (view,) = views(
+            [record | {"after": after, "budget": {"text": kind, "terms": terms}, "given_bytes": 45_439_980}]
+        )
+        assert view.headline == f"minilm-l6-sst2: {wording}, file 40.6 % smaller, accuracy +0.00 points"
+        assert view.summary.startswith(
+            f"OPTIN: {wording}. The file as given has 45.44 MB, in another precision. Budget"
+        )
+
+
 def test_several_results_are_compared() -> None:
     slow = made(name="ptf 60%", method={"name": "ptf"})
     slow["after"] = {

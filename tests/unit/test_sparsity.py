@@ -142,6 +142,17 @@ def test_kth_smallest_where_a_sample_misleads() -> None:
     assert [kth_smallest([values], k) for k in (1, 10_000, 10_001, 10_100)] == [0, 0, 1, 100]
 
 
+def test_equal_scores_go_in_order_until_there_are_enough() -> None:
+    scores = [torch.tensor([[1.0, 2.0], [2.0, 2.0]]), torch.tensor([[2.0, 0.5], [3.0, 2.0]])]
+    one, other = choose(scores, 0.5, Blocks())  # k = 4: 0.5 and 1, and the first of the 2s
+    assert one.tolist() == [[False, False], [True, True]]
+    assert other.tolist() == [[True, False], [True, True]]
+    halves = [torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half()]
+    assert int((~choose(halves, 0.9, Blocks())[0]).sum()) == int(4096 * 0.9) - 1
+    (floor,) = choose([torch.ones(10, 10)], 0.99, Blocks(), floor=0.1)
+    assert int(floor.sum()) == 10
+
+
 def test_kth_smallest_beyond_2_to_the_24() -> None:
     n = 2**24 + 3
     values = torch.arange(n, dtype=torch.int32).float()  # the last ones are rounded to even numbers

@@ -248,12 +248,15 @@ def _term(piece: str) -> Term:
         share = "" if kind in LOWER | WHOLE else f" or a share, '{kind}<=60%'"
         raise InvalidBudget(f"'{piece}' cannot be read: write '{EXAMPLES[kind]}'{share}.")
     value, unit = float(match["value"]), _unit(kind, match["unit"], piece)
+    if value <= 0 and kind in LOWER:
+        raise InvalidBudget(f"'{piece}' would cut nothing: the limit must be above 0, as in '{EXAMPLES[kind]}'.")
     if value <= 0:
         raise InvalidBudget(f"'{piece}' leaves nothing: the limit must be above 0, as in '{EXAMPLES[kind]}'.")
     if kind == "speedup" and value <= 1:
         raise InvalidBudget(f"'{piece}' would cut nothing: a speed-up is above 1, as in '{EXAMPLES[kind]}'.")
     if kind == "sparsity" and Term(kind, value, unit).share >= 1:
-        raise InvalidBudget(f"'{piece}' leaves nothing: a sparsity is below 1, as in '{EXAMPLES[kind]}'.")
+        meant = f": did you mean '{kind}>={value:g}%'?" if 1 < value < 100 else ""
+        raise InvalidBudget(f"'{piece}' leaves nothing: a sparsity is below 1, as in '{EXAMPLES[kind]}'{meant}.")
     if unit == "%" and value >= 100:
         raise InvalidBudget(f"'{piece}' would cut nothing: shares are below 100%, as in '{kind}<=60%'.")
     return Term(kind, value, unit)

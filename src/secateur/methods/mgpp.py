@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,12 +14,13 @@ from transformers import PreTrainedModel
 from secateur import hub
 from secateur.checks import check_shares
 from secateur.costs.analytic import macs, params
+from secateur.costs.budget import Constraint
 from secateur.edits import Sparsify
 from secateur.edits.slice import nonzero_units
 from secateur.edits.sparsify import sparsified
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.run import Job, Outcome
-from secateur.sparsity.groups import kinds_of
+from secateur.sparsity.groups import groups_of, kinds_of
 from secateur.sparsity.selection import Blocks, Units, pattern_of
 from secateur.sparsity.storage import Values
 from secateur.sparsity.weights import prunable, turned
@@ -58,6 +60,8 @@ class Mgpp(PruningSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shares(self, "distill")
+        if not self.lr:
+            raise SecateurError("mgpp: lr is above 0: with none nothing is trained.")
         check_shares(self, "dropout", "beta2", below=True)
         if self._cuts and self.values != "fp32":
             raise SecateurError(f"mgpp: with {self.pattern} no zeros are stored, so values says nothing: leave it out.")
@@ -93,6 +97,28 @@ class Mgpp(PruningSettings):
             "map_params": float(sum(int(weight.count_nonzero()) for weight in prunable(model).values())),
         }
         return Outcome(model, hub.edits_of(model), kept, predicted=counted)
+
+    def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
+        """Raise what a run would, before it is begun; what it would do.
+
+        Args:
+            model: the model to be pruned.
+            limits: the budget.
+            rows: training examples.
+
+        Returns:
+            Steps of training, and how often weights are chosen.
+
+        Raises:
+            SecateurError: a pattern, weights, a floor or a schedule that does not fit.
+        """
+        pattern = pattern_of(self.pattern)
+        share = next(c.term.share for c in limits if c.kind == "sparsity" and c.term)
+        aim = self._aim(model, share)
+        groups_of(model, prunable(model, self.weights, kinds_of(pattern)), pattern)
+        steps = -(-rows // self.batch_size) * self.epochs
+        self.mixture(self.lr)
+        return {"steps": steps, "choices": self.schedule(aim, steps).choices}
 
     def _aim(self, model: PreTrainedModel, share: float) -> float:
         """The sparsity of the weights that may go, for one of all maps; found before anything is trained.

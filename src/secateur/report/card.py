@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _DIAL = """
@@ -73,7 +74,8 @@ def card(result: dict[str, Any]) -> str:
         source=_cell(result["model"]),
         method=_cell(method["name"]),
         headline=f"Budget `{_cell(result['budget']['text'])}`: {after['macs'] / before['macs']:.1%} of the MACs, "
-        f"{after['params'] / before['params']:.1%} of the parameters.",
+        f"{after['params'] / before['params']:.1%} of the parameters, {after['bytes'] / before['bytes']:.1%} of the "
+        f"bytes{_reached(result['budget'].get('terms') or ())}.",
         rows="\n".join(rows),
         batch=setting["batch"],
         tokens=setting["tokens"],
@@ -89,6 +91,12 @@ def card(result: dict[str, Any]) -> str:
         seed=result["seed"],
         versions=_cell(", ".join(f"{name} {number}" for name, number in result["versions"].items())),
     )
+
+
+def _reached(terms: Sequence[dict[str, Any]]) -> str:
+    """What none of the rows shows: zeros, and bits of operands."""
+    wording = {"sparsity": "; {:.1%} zeros in the layers' maps", "bits": "; {:g} bits of operands"}
+    return "".join(wording[term["kind"]].format(term["reached"]) for term in terms if term["kind"] in wording)
 
 
 def _dial(edits: list[dict[str, Any]]) -> str:

@@ -223,12 +223,15 @@ def _tiles(before: Record, after: Record, metric: str) -> tuple[Row, ...]:
 
 def _headline(record: Record, metric: str) -> str:
     before, after = record["before"], record["after"]
-    parts = []
+    parts = _ended(record)
     macs = numbers.share_change(before.get("macs"), after.get("macs"))
-    if macs != numbers.MISSING:
+    if parts:  # nothing was cut: what shrank is the file, and the same kernels ran before and after
+        size = numbers.share_change(before.get("bytes"), after.get("bytes"))
+        parts.append(f"file {size.lstrip('−+')} {'smaller' if size.startswith('−') else 'larger'}")
+    elif macs != numbers.MISSING:
         parts.append(f"{macs.lstrip('−+')} {'fewer' if macs.startswith('−') else 'more'} MACs")
     speed = numbers.speed(median(before), median(after))
-    if speed != numbers.MISSING:
+    if speed != numbers.MISSING and not (parts and _ended(record)):
         parts.append(speed)
     change = numbers.metric_change(
         metric, (before.get("metrics") or {}).get(metric), (after.get("metrics") or {}).get(metric)
@@ -236,6 +239,16 @@ def _headline(record: Record, metric: str) -> str:
     if change != numbers.MISSING:
         parts.append(f"{metric_name(metric) if metric == 'f1' else metric} {change}")
     return f"{short_name(record['model'])}: {', '.join(parts) or record['name']}"
+
+
+def _ended(record: Record) -> list[str]:
+    """What became of a model whose units all stay: zeros, or operands of few bits."""
+    before, after = record["before"].get("macs"), record["after"].get("macs")
+    if before != after:
+        return []
+    wording = {"sparsity": "{:.1%} zeros in the layers' maps", "bits": "operands of {:g} bits"}
+    terms = record["budget"].get("terms") or ()
+    return [wording[t["kind"]].format(float(t["reached"])).replace("%", " %") for t in terms if t["kind"] in wording]
 
 
 def _tokens(edits: list[Record]) -> tuple[Layer, ...]:
@@ -260,7 +273,15 @@ def _summary(record: Record, heads: tuple[Layer, ...], neurons: tuple[Layer, ...
     if tokens:
         kept.append(f"{tokens[-1].kept:,} of {tokens[-1].units:,} tokens in the last layer")
     task, budget = record["task"], record["budget"].get("text", "")
-    made = f"{str(record['method'].get('name', '')).upper()} kept {' and '.join(kept)}" if kept else str(record["name"])
+    name = str(record["method"].get("name", "")).upper()
+    made = f"{name} kept {' and '.join(kept)}" if kept else str(record["name"])
+    if ended := _ended(record):
+        made = f"{name}: {' and '.join(ended)}"
+    given = record.get("given_bytes")
+    if given and abs(given / record["before"]["bytes"] - 1) > 0.01:
+        made += (
+            f". The file as given has {numbers.amount(given, numbers.unit_of('bytes', [given]))}, in another precision"
+        )
     examples = f", {task['examples']:,} examples" if isinstance(task.get("examples"), int) else ""
     where = f"{task.get('name', '')} ({task.get('split', '')}{examples})"
     return f"{made}. Budget: {budget}. Measured on {where}{_interval(task)}."

@@ -37,7 +37,8 @@ class MixturePrior:
             raise SecateurError(f"The slab's share lies between 0 and 1, not at {self.slab_share}.")
         if not 0 < self.spike <= self.slab < math.inf:
             raise SecateurError(
-                f"The spike's variance is above 0 and not above the slab's; got {self.spike} and {self.slab}."
+                f"The variances are 0 < spike <= slab, not {self.spike:g} and {self.slab:g}. Leave spike out, and it "
+                "follows the learning rate."
             )
 
     @property

@@ -55,6 +55,11 @@ class CubicSchedule:
         between = self.start < step < self.end and step % self.interval == 0
         return step in (self.start, self.end) or between
 
+    @property
+    def choices(self) -> int:
+        """How often weights are chosen."""
+        return 2 + (self.end - 1) // self.interval - self.start // self.interval
+
 
 def annealed_slab(slab_share: float, last: float, schedule: CubicSchedule, step: int) -> float:
     """λ(t): constant until pruning starts, then linearly down to `last` · λ at its end."""

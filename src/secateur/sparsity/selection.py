@@ -228,7 +228,8 @@ def pattern_of(text: str) -> Blocks | NofM | Units:
 def choose(scores: Sequence[Tensor], sparsity: float, pattern: Pattern, floor: float = 0.0) -> list[Tensor]:
     """Masks, True for weights that stay: the units with the lowest scores of all matrices together go.
 
-    With k = ⌊units · sparsity⌋ and τ the k-th smallest score, units below τ go: k - 1 of them if all scores differ.
+    With k = ⌊units · sparsity⌋ and τ the k-th smallest score, k - 1 units go: those below τ and, where scores are
+    equal, the first of those at τ. Half precision has many equal ones.
 
     Args:
         scores: of each matrix's weights, (out, in).
@@ -252,17 +253,29 @@ def choose(scores: Sequence[Tensor], sparsity: float, pattern: Pattern, floor: f
         elif k >= room:
             masks = {i: torch.zeros_like(units[i], dtype=torch.bool) for i in free}
         else:
-            tau = kth_smallest([units[i] for i in free], k)
-            masks = {i: units[i] >= tau for i in free}
+            masks = dict(zip(free, _without([units[i] for i in free], k), strict=True))
         poor = [i for i in free if int(masks[i].sum()) < least(units[i], floor)]
         if not poor:
             break
         for i in poor:
             keep = least(units[i], floor)
-            tau = kth_smallest([units[i]], units[i].numel() - keep + 1)
-            bound[i] = units[i] >= tau
+            (bound[i],) = _without([units[i]], units[i].numel() - keep + 1)
     stays = masks | bound
     return [pattern.kept(score, stays[i]) for i, score in enumerate(scores)]
+
+
+def _without(units: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Masks without the k - 1 lowest units of all; units of size 0 are gone already, and may come back."""
+    tau = kth_smallest(units, k)
+    masks = [unit >= tau for unit in units]
+    more = k - 1 - sum(int((~mask).sum()) for mask in masks) if tau else 0
+    for unit, mask in zip(units, masks, strict=True):
+        if more <= 0:
+            break
+        at = (unit == tau).flatten().nonzero()[:more, 0]
+        mask.view(-1)[at] = False
+        more -= len(at)
+    return masks
 
 
 def least(units: Tensor, floor: float) -> int:

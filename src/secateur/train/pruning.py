@@ -6,6 +6,7 @@ in the score of a weight, and MGPP adds the pull of its prior to the gradient.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,7 @@ from secateur.sparsity.weights import prunable, sparsity
 
 Score = Literal["magnitude", "platon", "movement"]
 STATE = "pruning.safetensors"
+FEW = 10  # choices: with fewer a warning
 RATES = 1.5  # w* over the peak learning rate; 1 to 3 in the authors' settings
 
 
@@ -79,6 +81,8 @@ class PruningSettings:
         check_shares(self, "floor", "initial", "before", "after", "slab_last", "memory", "doubt")
         if self.slab_last == 0:
             raise SecateurError(f"{self.name}: slab_last is above 0: the slab keeps a share.")
+        if self.before + self.after >= 1:
+            raise SecateurError(f"{self.name}: before and after leave no room to prune: together they are below 1.")
         pattern_of(self.pattern)
         self.mixture(5e-5)
 
@@ -127,7 +131,8 @@ class Pruning(TrainerCallback):
         self.settings = settings or PruningSettings()
         self.pattern = pattern_of(self.settings.pattern)
         if not 0 < final < 1:
-            raise SecateurError(f"A sparsity lies between 0 and 1, not at {final:g}.")
+            share = f" ({final:g} % is {final / 100:g})" if 1 < final < 100 else ""
+            raise SecateurError(f"A sparsity lies between 0 and 1, not at {final:g}{share}.")
         if final > self.pattern.most:
             raise SecateurError(
                 f"The pattern {self.pattern.text} reaches a sparsity of {self.pattern.most:g}, not {final:g}."
@@ -175,6 +180,12 @@ class Pruning(TrainerCallback):
         self.parameters = prunable(model, self.settings.weights, kinds_of(self.pattern))
         self.groups = groups_of(model, self.parameters, self.pattern)
         self.schedule = self.settings.schedule(self.final, state.max_steps)
+        if self.schedule.choices < FEW:
+            warnings.warn(
+                f"Weights are chosen only {self.schedule.choices} times on the way to a sparsity of {self.final:g}, "
+                "which may ruin the model: train for more epochs, or lower interval.",
+                stacklevel=2,
+            )
         self.begun = int(self.settings.before * state.max_steps)
         if state.global_step > 0:
             self._resume(Path(self.checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}") / STATE)
