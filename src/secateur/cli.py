@@ -117,7 +117,8 @@ def compress(
         typer.Option(
             "--budget",
             "-b",
-            help="Such as macs<=60%, or latency<=12ms,size<=20MB, or speedup>=3; the method's usual one by default.",
+            help="Such as macs<=60%, or latency<=12ms,size<=20MB; for late speedup>=3, for mgpp sparsity>=90%, for bit "
+            "bits<=1. The method's usual one by default.",
         ),
     ] = None,
     setting: Settings = None,

@@ -246,7 +246,10 @@ def _format(name: str) -> Format:
         raise SecateurError(f"Unknown export format '{name}': use {' or '.join(FORMATS)}.")
     missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingExtra(f"Export to {name} needs {', '.join(missing)}: run `pip install secateur[{name}]`.")
+        raise MissingExtra(
+            f"Export to {name} needs {', '.join(missing)}: run `pip install secateur[{name}]`, in a checkout "
+            f"`pip install '.[{name}]'`."
+        )
     return FORMATS[name]
 
 
