@@ -1,40 +1,24 @@
-"""Folders that plain `AutoModelFor….from_pretrained` opens: the transformers plug-in, opening and saving.
-
-Edits travel in `config.json` as `quantization_config = {"quant_method": "secateur", "version": 1, "edits": [...]}`.
-Importing secateur registers the plug-in that shapes the empty model by them before transformers reads the weights.
-Without the import, transformers finds tensors of other shapes than it expects and refuses the folder. Where no edit
-changes a shape, one parameter is stored with one axis more.
-"""
+"""The transformers plug-in: edits in `config.json`, weights in the form that edits store them in."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.edits import STORED, Binarize, Edit, Sparsify, apply_edits, edits_from_dicts, merge
 from secateur.edits.tokens import ATTRIBUTE
-from secateur.errors import InvalidModel, SecateurError
+from secateur.errors import InvalidModel
 from secateur.families import sites
 
 QUANT_METHOD = "secateur"
@@ -230,188 +214,3 @@ def attach(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
     quantizer.postprocess_model(model)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
-
-
-def open_model(
-    source: str | Path, cls: Any = AutoModelForSequenceClassification, *, trained: bool = False, **options: Any
-) -> PreTrainedModel:
-    """`AutoModelFor….from_pretrained` with one-line errors; folders and hub ids, safetensors only.
-
-    Args:
-        source: a folder, or a hub id.
-        cls: the transformers class to open it with.
-        trained: refuse a checkpoint that lacks weights of the class, such as the head of a model that was never
-            fine-tuned; transformers would draw them at random.
-        options: passed to `from_pretrained`; `dtype` defaults to float32.
-
-    Raises:
-        InvalidModel: no model there, damaged or pickled weights, a config that does not fit the weights.
-    """
-    what = str(source)
-    _check_folder(Path(source), what)
-    options = {"dtype": torch.float32, "use_safetensors": True} | options
-    try:
-        model, loading = cls.from_pretrained(what, output_loading_info=True, **options)
-    except SecateurError:
-        raise
-    except SafetensorError as error:
-        raise InvalidModel(f"The weights in '{what}' are damaged ({error}): download or compress again.") from None
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InvalidModel(_why(what, error)) from None
-    missing = sorted(loading["missing_keys"])
-    if trained and missing:
-        raise InvalidModel(
-            f"'{what}' has no weights for {', '.join(missing[:3])}: it was not fine-tuned for this kind of task; "
-            "run `secateur finetune` first."
-        )
-    return cast(PreTrainedModel, model)
-
-
-def open_any(source: str | Path) -> PreTrainedModel:
-    """Open a folder or hub id with the class its config names, so that every weight has a place.
-
-    Raises:
-        InvalidModel: as `open_model`.
-    """
-    _check_folder(Path(source), str(source))
-    try:
-        names = AutoConfig.from_pretrained(str(source)).architectures or []
-    except (OSError, ValueError) as error:
-        raise InvalidModel(_why(str(source), error)) from None
-    named = [getattr(transformers, name, None) for name in names]
-    return open_model(source, next((cls for cls in named if cls is not None), AutoModel))
-
-
-def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained` with a one-line error.
-
-    Raises:
-        InvalidModel: there is no tokenizer.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(str(source))
-    except Exception as error:  # tokenizers raise bare exceptions on damaged files
-        raise InvalidModel(f"'{source}' has no usable tokenizer: {_first_line(error)}") from None
-
-
-def _check_folder(folder: Path, what: str) -> None:
-    """Refuse what transformers would take minutes, or a pickle, to find out about a local path."""
-    if folder.is_file():
-        raise InvalidModel(f"'{what}' is a file: name the folder that holds config.json and model.safetensors.")
-    if not folder.is_dir():
-        if what.startswith((".", "/", "~")) or what.count("/") > 1:
-            raise InvalidModel(f"There is no folder '{what}'.")
-        return
-    if not (folder / "config.json").is_file():
-        raise InvalidModel(f"'{what}' is no model folder: it has no config.json.")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise InvalidModel(
-                f"'{what}' has only pickled weights ({pickles[0]}), which can run code: convert them to "
-                f"safetensors first."
-            )
-        raise InvalidModel(f"'{what}' has no model.safetensors.")
-
-
-def _why(what: str, error: BaseException) -> str:
-    where = "" if Path(what).exists() else " (there is no such folder, so it was looked for on the hub)"
-    return f"'{what}' cannot be opened{where}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def save_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
-    """Write a folder whole or not at all: `write` fills a temporary sibling, which then takes the folder's place.
-
-    If anything fails on the way (a full disk, a signal), an existing folder stays as it was.
-
-    Args:
-        folder: the target.
-        write: fills the empty folder it is given.
-
-    Returns:
-        The target.
-    """
-    target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise SecateurError(f"'{folder}' is a file: name a folder to write to.")
-    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    try:
-        _restore(old, target)  # a kill may have struck between the two renames below
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        write(fresh)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    except OSError as error:
-        raise SecateurError(
-            f"'{folder}' was not written ({error.strerror or error}); what was there is untouched."
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        _restore(old, target)
-    return target
-
-
-def _restore(old: Path, target: Path) -> None:
-    """Put a folder that was moved aside back if nothing took its place, else forget it."""
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def check_target(folder: str | Path, mark: str, source: str = "") -> None:
-    """Refuse to replace what is not an earlier output.
-
-    Args:
-        folder: where an output is to be written.
-        mark: a file that an earlier output holds.
-        source: the model that is read, which must stay.
-
-    Raises:
-        SecateurError: the folder is a file, holds something else, or is the source.
-    """
-    target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise SecateurError(f"'{folder}' is a file: name a folder to write to.")
-    if source and target == Path(source).resolve():
-        raise SecateurError(f"'{folder}' is the model itself: name another folder to write to.")
-    if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
-        raise SecateurError(f"'{folder}' holds something else than an earlier result: name another folder to write to.")
-
-
-def write_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, card: str | None = None
-) -> None:
-    """Write model, tokenizer and model card into a folder."""
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # safetensors reports a full disk as its own error
-        raise OSError(str(error)) from error
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def bytes_on_disk(model: PreTrainedModel) -> int:
-    """Bytes of the weight files that `save_pretrained` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
-def given_bytes(source: str) -> int | None:
-    """Bytes of the weight files in a folder; None if it is none."""
-    sizes = [file.stat().st_size for file in Path(source).glob("*.safetensors")] if Path(source).is_dir() else []
-    return sum(sizes) or None
-
-
-def save_model(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Path:
-    """Save model and tokenizer as one folder, whole or not at all."""
-    return save_folder(folder, lambda fresh: write_model(fresh, model, tokenizer))
