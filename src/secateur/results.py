@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import hub
+from secateur.costs.analytic import encoder_params, macs, params
+from secateur.costs.latency import Timing
 from secateur.errors import SecateurError
 from secateur.report import write_report
 from secateur.report.card import card
 from secateur.run import read_json, write_json
+from secateur.subnetwork import SubNetwork
 
 SCHEMA = 1
 
@@ -105,6 +109,31 @@ class Result:
             write_report([record], fresh / "report.html")
 
         return hub.save_folder(folder, write)
+
+
+def measured(model: PreTrainedModel, batch: int, tokens: int, metrics: dict[str, float], timing: Timing) -> Measurement:
+    """What a model costs, counted and timed, and what it scores.
+
+    Args:
+        model: the model.
+        batch: examples per pass.
+        tokens: tokens per example.
+        metrics: what it scores, as fractions.
+        timing: of the model.
+    """
+    full = SubNetwork.full(model)
+
+    def count(cost: Callable[..., Any], *args: int) -> int:
+        return round(cost(model, *args).of(full))
+
+    return Measurement(
+        macs=count(macs, batch, tokens),
+        params=count(params),
+        encoder_params=count(encoder_params),
+        bytes=hub.bytes_on_disk(model),
+        metrics=metrics,
+        latency_ms={"median": timing.median, "p90": timing.p90, "n": timing.n},
+    )
 
 
 def versions() -> dict[str, str]:
