@@ -12,7 +12,7 @@ from secateur import hub
 from secateur.bits.modules import calibrate
 from secateur.bits.quantizers import Estimate
 from secateur.edits import Binarize, apply_edits
-from secateur.edits.binarize import Embeddings, places, use_relu
+from secateur.edits.binarize import Embeddings, places
 from secateur.errors import SecateurError
 
 
@@ -35,10 +35,10 @@ def binarize(
         batches: inputs that the scales of activations are chosen by.
         bits: of activations: 1, 2, 4 or 8.
         mixed: other bits for the sites whose name a regular expression is found in; the last one that is counts.
-        embeddings: how the table of words is stored: "float", "int8" or "1bit" (text models only).
+        embeddings: the table of words: "float", "int8" or "1bit" (text models only).
         rows: a scale of the weights for each output instead of one for the map.
-        two_sets: levels from 0 for what is never negative; else signed everywhere.
-        relu: a ReLU in place of the model's activation in the feed-forward blocks.
+        two_sets: levels from 0 for what a ReLU gives, as for probabilities; else signed ones.
+        relu: a ReLU in place of the model's activation in the feed-forward blocks; where one was put, it stays.
         calibration: "mean", "analytic" or "search" (`bits.quantizers.first_alpha`).
 
     Returns:
@@ -48,20 +48,29 @@ def binarize(
         SecateurError: bits are none of 1, 2, 4, 8, an expression fits no site, or nothing to calibrate on.
         UnsupportedModel: a family that cannot be binarized.
     """
+    if not batches:
+        raise SecateurError("There is nothing to calibrate on: give at least one batch of inputs.")
+    relu = relu or any(edit.relu for edit in hub.edits_of(model) if isinstance(edit, Binarize))
+    edit = Binarize(bits_of(model, bits, mixed or {}), embeddings, rows, two_sets, relu)
+    apply_edits(model, [edit])
+    calibrate(model, batches, calibration)
+    hub.attach(model, [edit])
+    return model
+
+
+def bits_of(model: PreTrainedModel, bits: int, mixed: Mapping[str, int]) -> dict[str, int]:
+    """Bits of every site of a model, as `binarize` takes them.
+
+    Raises:
+        SecateurError: bits are none of 1, 2, 4, 8, or an expression fits no site.
+    """
     sites = dict.fromkeys(places(model), bits)
-    for pattern, count in (mixed or {}).items():
+    for pattern, count in mixed.items():
         named = [site for site in sites if _found(pattern, site)]
         if not named:
             raise SecateurError(f"mixed: '{pattern}' fits no site; there are such as {next(iter(sites))}.")
         sites |= dict.fromkeys(named, count)
-    edit = Binarize(sites, embeddings, rows, two_sets)
-    if relu:
-        use_relu(model)
-    apply_edits(model, [edit])
-    calibrate(model, batches, calibration)
-    edit.settle(model)
-    hub.attach(model, [edit])
-    return model
+    return Binarize(sites).bits
 
 
 def _found(pattern: str, site: str) -> bool:

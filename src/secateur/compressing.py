@@ -12,15 +12,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import hub
+from secateur.bits.modules import is_binary
 from secateur.costs.analytic import encoder_params, file_bytes, macs, params
 from secateur.costs.budget import Budget, Constraint, constraints
 from secateur.costs.latency import Timing, time_interleaved
 from secateur.costs.machine import fingerprint as machine_fingerprint
+from secateur.edits import BINARY
 from secateur.edits.tokens import at_rest
 from secateur.errors import SecateurError
 from secateur.families import sites
 from secateur.given import TaskLike, judged_by, length_of, opened, setting_of
-from secateur.methods import method_of
+from secateur.methods import Bit, method_of
 from secateur.results import Result, measured, versions, vocabulary_digest, weights_digest
 from secateur.run import Job, Method, Run
 from secateur.search.allocate import allocate
@@ -83,6 +85,8 @@ def compress(
     data = load_task(task, seed=seed)
     source, net, words = opened(model, tokenizer, data)
     net = at_rest(net)
+    if is_binary(net) and not isinstance(chosen, Bit):
+        raise SecateurError(BINARY)
     data = check_labels(data, net)
     rows = judged_by(data, split)
     length = length_of(data, net, words, tokens)

@@ -60,13 +60,16 @@ class Job:
     seed: int = 0
     show: bool = False
 
-    def calibration(self, count: int, batch_size: int, *, labels: bool = False) -> list[dict[str, Tensor]]:
+    def calibration(
+        self, count: int, batch_size: int, *, labels: bool = False, max_length: int | None = None
+    ) -> list[dict[str, Tensor]]:
         """Seeded batches of training examples, without labels unless asked for.
 
         Args:
             count: number of batches; fewer if the split is smaller.
             batch_size: examples in a batch.
             labels: keep the labels.
+            max_length: tokens beyond this are cut off; those beyond the model's limit if None.
 
         Raises:
             InvalidData: the task has no training split.
@@ -78,7 +81,7 @@ class Job:
             "train",
             self.tokenizer,
             batch_size=batch_size,
-            max_length=token_limit(self.tokenizer, self.model),
+            max_length=min(max_length or 10**6, token_limit(self.tokenizer, self.model)),
             shuffle=self.seed,
             limit=count * batch_size,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -13,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import AutoModelForQuestionAnswering, TrainerControl, TrainerState, TrainingArguments
 
 import secateur
 from secateur import hub
 from secateur.bits.modules import BinaryLinear
 from secateur.bits.quantizers import binarized
 from secateur.errors import InvalidBudget, SecateurError
-from secateur.train import CompressionTrainer, KeepBest, imitated
+from secateur.tasks import evaluate
+from secateur.train import CompressionTrainer, KeepBest, Settings, fit, imitated
 from tests.conftest import ENCODERS, tiny_batch, tiny_model
 from tests.contract.test_bits import BINARY, logits
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
@@ -140,9 +142,6 @@ def test_one_output_has_a_gradient_and_the_teacher_no_dropout() -> None:
 def test_distillation_helps(tmp_path: Path) -> None:
     """One-bit students of a model that fits its data, after as many steps with and without a teacher."""
     tokenizer, task = tiny_tokenizer(), tiny_task(64)
-    from secateur.tasks import evaluate
-    from secateur.train import Settings, fit
-
     model: Any = tiny_model("bert")
     fit(model, tokenizer, task, tmp_path, Settings(20, 1e-3, 16, 64, 0.1, 0.0, 0, 0.0, False))
     losses = {}
@@ -153,6 +152,19 @@ def test_distillation_helps(tmp_path: Path) -> None:
         dense = evaluate(model, tokenizer, task, "train")
         losses[distill] = float((found.logits.softmax(-1) - dense.logits.softmax(-1)).square().mean())
     assert losses[True] < losses[False]
+
+
+def test_starts_and_ends_of_answers_are_both_compared() -> None:
+    teacher, student = (AutoModelForQuestionAnswering.from_config(tiny_model("bert").config) for _ in range(2))
+    objective = imitated(teacher)
+    batch = tiny_batch("bert")
+    loss = objective(student, batch)
+    loss.backward()
+    assert bool((student.qa_outputs.weight.grad.abs().sum(dim=1) > 0).all())
+    assert float(objective(teacher, batch)) == pytest.approx(0, abs=1e-6)
+    teacher.config.problem_type = "multi_label_classification"
+    with pytest.raises(SecateurError, match="several labels"):
+        objective(student, batch)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +191,80 @@ def test_any_trainer_distils_a_binary_model(tmp_path: Path) -> None:
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_any_trainer_resumes_with_latent_weights(tmp_path: Path) -> None:
+    rows = [
+        {name: tensor[i] for name, tensor in tiny_batch("bert", batch=8).items()} | {"labels": i % 2} for i in range(8)
+    ]
+    ends = []
+    for stops in (None, 4):
+        model: Any = tiny_model("bert")
+        secateur.binarize(model, [tiny_batch("bert")])
+
+        def trainer(net: Any, folder: str) -> CompressionTrainer:
+            arguments = TrainingArguments(
+                str(tmp_path / folder), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=4,
+                report_to="none", use_cpu=True,
+            )  # fmt: skip
+            return CompressionTrainer(net, arguments, train_dataset=rows)  # type: ignore[arg-type]
+
+        one = trainer(model, str(stops))
+        assert not [name for name in one.get_decay_parameter_names(model) if "_bits" in name]
+        one.train()
+        if stops:
+            model = tiny_model("bert")
+            secateur.binarize(model, [tiny_batch("bert")])
+            trainer(model, str(stops)).train(resume_from_checkpoint=str(tmp_path / str(stops) / f"checkpoint-{stops}"))
+        ends.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    (tmp_path / "4" / "checkpoint-4" / "latent.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"latent.safetensors is missing"):
+        trainer(model, "4").train(resume_from_checkpoint=str(tmp_path / "4" / "checkpoint-4"))
+
+
+def test_an_epoch_is_judged_though_a_kill_came_after_its_last_step(tmp_path: Path) -> None:
+    keep = KeepBest(lambda model: 0.7, tmp_path / "run")
+    state, arguments = TrainerState(global_step=8, max_steps=16), TrainingArguments(str(tmp_path), num_train_epochs=4)
+    keep.on_train_begin(arguments, state, TrainerControl(), model=tiny_model("bert"))
+    assert keep.scores == {"8": 0.7}
+    again = KeepBest(lambda model: 0.1, tmp_path / "run")
+    again.on_train_begin(arguments, state, TrainerControl(), model=tiny_model("bert"))
+    assert again.scores == {"8": 0.7}
+    state.global_step = 9
+    again.on_train_begin(arguments, state, TrainerControl(), model=tiny_model("bert"))
+    assert again.scores == {"8": 0.7}
+
+
+def test_autocast_does_not_stay_on_a_trained_model(tmp_path: Path) -> None:
+    model: Any = tiny_model("bert")
+    fit(model, tiny_tokenizer(), tiny_task(16), tmp_path, Settings(1, 1e-3, 16, 64, 0.1, 0.0, 0, 0.0, True))
+    assert "forward" not in model.__dict__ or model.forward.__func__ is type(model).forward
+    batch = tiny_batch("bert")
+    twin: Any = copy.deepcopy(tiny_model("bert"))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model, batch), logits(twin, batch))
+
+
+def test_what_does_not_fit_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.run.fit", lambda *args, **kwargs: pytest.fail("it trains"))
+    for mixed in ("decoder=1", "(=1", ":probs=3"):
+        with pytest.raises(SecateurError):
+            compress(
+                tiny_model("bert"), secateur.Bit(mixed=mixed), task=tiny_task(), tokenizer=tiny_tokenizer(),
+                budget="bits<=4",
+            )  # fmt: skip
+
+
+def test_other_methods_refuse_a_binary_model() -> None:
+    model: Any = tiny_model("bert")
+    secateur.binarize(model, [tiny_batch("bert")])
+    for method in (secateur.Mgpp(epochs=1), secateur.Optin(batches=1)):
+        with pytest.raises(SecateurError, match="binarize it last"):
+            compress(model, method, task=tiny_task(), tokenizer=tiny_tokenizer())
+    model.bert.encoder.layer[0].output.dense.weight.data[0] = 0
+    with pytest.raises(SecateurError, match="binarize it last"):
+        secateur.sparsify(model)
 
 
 def test_the_best_epoch_is_kept(tmp_path: Path) -> None:

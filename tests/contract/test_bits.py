@@ -14,11 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertForMaskedLM,
+)
 
 import secateur
 from secateur import hub
 from secateur.bits.integer import Operand, PackedLinear, bits_by_table, product, thresholds
-from secateur.bits.modules import BinaryLinear, quantizers
+from secateur.bits.modules import SAMPLE, BinaryLinear, Quantizer, _Calibration, calibrate, quantizers
 from secateur.bits.quantizers import Levels, to_levels
 from secateur.edits.binarize import Binarize, places
 from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
@@ -95,9 +101,88 @@ def test_options(settings: dict[str, Any], tmp_path: Path) -> None:
         assert edit.bits["encoder.layer.2.intermediate.dense"] == 1
         assert edit.bits["encoder.layer.1.intermediate.dense"] == 8
     if settings.get("relu", True):
-        assert model.config.hidden_act == "relu"
+        assert all(type(layer.intermediate.intermediate_act_fn) is torch.nn.ReLU for layer in model.bert.encoder.layer)
     levels = model.bert.encoder.layer[0].output.dense.input_bits.levels
     assert levels.signed == (not settings.get("relu", True) or not settings.get("two_sets", True))
+
+
+@pytest.mark.parametrize("how", ["float", "int8"])
+def test_what_an_edit_does_not_name_is_plain_again(how: Any, tmp_path: Path) -> None:
+    model, batch = binary("bert"), tiny_batch("bert")
+    secateur.binarize(model, [batch], 2, embeddings=how, relu=False)
+    edit = Binarize({"encoder.layer.0.output.dense": 4}, how)
+    for change, binary_maps in ((None, 19), (edit, 1)):
+        if change is not None:
+            secateur.apply_edits(model, [change])
+            calibrate(model, [batch])
+            hub.attach(model, [change])
+        assert sum(isinstance(module, BinaryLinear) for module in model.modules()) == binary_maps
+        model.save_pretrained(tmp_path / str(binary_maps))
+        again = hub.open_any(tmp_path / str(binary_maps))
+        assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def test_other_heads_open_the_same_body(tmp_path: Path) -> None:
+    model, batch = binary("bert"), tiny_batch("bert")
+    model.save_pretrained(tmp_path / "head")
+    with torch.no_grad():
+        wanted = model.bert(**batch).last_hidden_state
+        for cls in (AutoModel, AutoModelForTokenClassification):
+            body = cls.from_pretrained(tmp_path / "head").base_model
+            assert torch.equal(body(**batch).last_hidden_state, wanted)
+        AutoModel.from_pretrained(tmp_path / "head").save_pretrained(tmp_path / "body")
+        body = AutoModelForSequenceClassification.from_pretrained(tmp_path / "body").base_model
+        assert torch.equal(body(**batch).last_hidden_state, wanted)
+
+
+def test_a_head_keeps_its_activation(tmp_path: Path) -> None:
+    batch = tiny_batch("bert")
+    model: Any = BertForMaskedLM(tiny_model("bert").config).eval()  # type: ignore[arg-type]
+    secateur.binarize(model, [batch], embeddings="float")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(BertForMaskedLM.from_pretrained(tmp_path), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("how", ["1bit", "int8"])
+def test_a_folder_is_the_model_after_training_of_ones_own(how: Any, tmp_path: Path) -> None:
+    model, batch = binary("bert", embeddings=how), tiny_batch("bert")
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    model(**batch, labels=torch.tensor([0, 1, 0])).loss.backward()
+    optimizer.step()
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(logits(hub.open_any(tmp_path), batch), logits(model, batch))
+    model.bert.encoder.layer[1].output.dense.weight.data.neg_()  # a write that leaves no trace
+    assert not torch.equal(logits(hub.open_any(tmp_path), batch), logits(model, batch))
+
+
+def test_autocast_leaves_products_alone() -> None:
+    dense = binary("bert").bert.encoder.layer[0].output.dense
+    x = torch.randn(5, dense.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = dense(x)
+    with torch.no_grad():
+        assert torch.equal(found, dense(x))
+
+
+@pytest.mark.parametrize("two_sets", [True, False])
+def test_padding_changes_nothing(two_sets: bool) -> None:
+    model = binary("bert", two_sets=two_sets)
+    ids = torch.randint(5, 99, (2, 7), generator=torch.Generator().manual_seed(0))
+    short = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    long = {name: torch.nn.functional.pad(tensor, (0, 6)) for name, tensor in short.items()}
+    torch.testing.assert_close(logits(model, long), logits(model, short), rtol=1e-5, atol=1e-5)
+    long["attention_mask"][1] = 0  # a row of nothing but padding
+    assert torch.equal(logits(secateur.packed_twin(model), long), logits(model, long))
+
+
+def test_calibration_sees_every_channel_and_keeps_little() -> None:
+    quantizer = Quantizer(Levels(1, True), 768, torch.zeros(1))
+    x = torch.ones(8, 128, 768)
+    x[..., 0] = 100.0  # 2 mean |x| = 2 (767 + 100)/768
+    quantizer._calibration = _Calibration("mean", [])
+    quantizer(x)
+    assert float(quantizer.alpha.detach()) == pytest.approx(2 * 867 / 768, rel=0.1)
+    assert quantizer._calibration.seen[0].untyped_storage().nbytes() == 4 * SAMPLE
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(BINARY)))
@@ -208,7 +293,7 @@ def test_without_the_package_the_folder_is_refused(tmp_path: Path) -> None:
     assert "size" in run.stderr.lower()
 
 
-@pytest.mark.parametrize("damage", ["flip", "drop", "short"])
+@pytest.mark.parametrize("damage", ["flip", "drop", "short", "alpha", "shift", "scale", "larger alpha"])
 def test_damaged_bits_are_refused(damage: str, tmp_path: Path) -> None:
     binary().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -220,6 +305,12 @@ def test_damaged_bits_are_refused(damage: str, tmp_path: Path) -> None:
         tensors[name][3, 0] ^= 4
     elif damage == "drop":
         del tensors[name]
+    elif damage in ("alpha", "shift"):
+        del tensors[name.replace("weight", f"input_bits.{damage}")]
+    elif damage == "scale":
+        del tensors[f"{name}_scale"]
+    elif damage == "larger alpha":
+        tensors[name.replace("weight", "input_bits.alpha")] *= 1000
     else:
         tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, file, metadata)
@@ -253,8 +344,16 @@ def test_bad_input() -> None:
         secateur.binarize(model, [batch], mixed={"decoder": 2})
     with pytest.raises(SecateurError, match="no regular expression"):
         secateur.binarize(model, [batch], mixed={"(": 2})
-    with pytest.raises(SecateurError, match="saw no finite activation"):
+    with pytest.raises(SecateurError, match="nothing to calibrate on"):
         secateur.binarize(model, [])
+    tied: Any = BertForMaskedLM(model.config).eval()
+    with pytest.raises(UnsupportedModel, match="shares the table of words"):
+        secateur.binarize(tied, [batch])
+    with pytest.raises(SecateurError, match="is not binary"):
+        secateur.packed_twin(model)
+    dense: Any = tiny_model("bert")
+    assert torch.equal(logits(model, batch), logits(dense, batch))  # what was refused changed nothing
+    assert not any(isinstance(module, BinaryLinear) for one in (model, tied) for module in one.modules())
     with pytest.raises(UnsupportedModel, match="reads no words"):
         secateur.binarize(tiny_model("vit"), [tiny_batch("vit")])  # type: ignore[arg-type]
     late: Any = tiny_model("bert")

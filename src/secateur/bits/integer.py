@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.bits.modules import AttentionBits, BinaryLinear, masked
+from secateur.bits.modules import AttentionBits, BinaryLinear, is_binary, masked
 from secateur.bits.packing import packed
 from secateur.bits.quantizers import LEAST_ALPHA, Levels, to_levels
+from secateur.errors import SecateurError
 from secateur.families import sites
 
 CHUNK = 1 << 22  # words at a time
@@ -109,6 +110,7 @@ class PackedLinear(BinaryLinear):
     """A `BinaryLinear` on words. It may hand on levels, by integer thresholds, instead of floats."""
 
     words: Operand
+    scale: Tensor
     hands_on: Tensor | None  # thresholds of its outputs, if all that reads them is a quantiser of one bit
     signed: bool  # whether those levels are ±1, or 0 and 1
     takes_levels: bool
@@ -125,7 +127,7 @@ class PackedLinear(BinaryLinear):
 
     def epilogue(self, whole: Tensor) -> Tensor:
         """Floats from whole numbers, (..., out), by the very operations of the float simulation."""
-        scaled = whole.to(self.weight.dtype) * (self.input_bits.alpha.clamp_min(LEAST_ALPHA) * self.signs()[1])
+        scaled = whole.to(self.weight.dtype) * (self.input_bits.alpha.clamp_min(LEAST_ALPHA) * self.scale)
         return scaled if self.bias is None else scaled + self.bias
 
     @property
@@ -198,7 +200,7 @@ def bits_by_table(whole: Tensor, width: int, factor: Tensor, alpha: Tensor, keep
     table = (scores.double() - scores.double().max()).exp()
     exponentials = table[(whole + width) // 2]
     if keep is not None:
-        exponentials = exponentials * keep
+        exponentials = exponentials * keep + ~keep.any(dim=-1, keepdim=True)  # looking at nothing, a softmax is even
     return (exponentials >= 0.5 * alpha.double() * exponentials.sum(dim=-1, keepdim=True)).float()
 
 
@@ -213,13 +215,19 @@ def packed_twin(model: Model) -> Model:
 
     Returns:
         A model for evaluation.
+
+    Raises:
+        SecateurError: the model is not binary.
     """
+    if not is_binary(model):
+        raise SecateurError("This model is not binary: make it so with secateur.binarize.")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     for module in twin.modules():
         if isinstance(module, BinaryLinear):
             module.__class__ = PackedLinear
-            words = Operand.of(module.signs()[0], Levels(1, True))
-            module.__dict__ |= {"words": words, "hands_on": None, "takes_levels": False, "signed": True}
+            signs, scale = module.signs()
+            words = Operand.of(signs, Levels(1, True))
+            module.__dict__ |= {"words": words, "scale": scale, "hands_on": None, "takes_levels": False, "signed": True}
         elif isinstance(module, AttentionBits):
             module.__class__ = PackedAttention
             module.__dict__ |= {"handed": dict.fromkeys(module, False), "hands_on": None}

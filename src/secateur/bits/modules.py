@@ -23,9 +23,10 @@ from secateur.bits.quantizers import (
     to_levels,
 )
 from secateur.errors import SecateurError
+from secateur.sparsity.storage import int8_rows
 
 NAME = "secateur_bits"
-SAMPLE = 1 << 18
+SAMPLE = 1 << 16  # values of an activation that are looked at in each batch
 
 
 @dataclass
@@ -64,8 +65,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _look(self, x: Tensor, calibration: _Calibration) -> None:
         """Choose α by all samples so far, so that what follows is calibrated behind quantised activations."""
-        flat = (x if self.shift is None else x - self.shift).detach().flatten()
-        calibration.seen.append(flat[:: max(1, flat.numel() // SAMPLE)])
+        flat = (x if self.shift is None else x - self.shift).flatten()
+        draw = torch.randint(flat.numel(), (min(SAMPLE, flat.numel()),), generator=torch.Generator().manual_seed(0))
+        calibration.seen.append(flat[draw.to(flat.device)])
         self.alpha.copy_(first_alpha(torch.cat(calibration.seen), self.levels, calibration.how))
 
     def extra_repr(self) -> str:
@@ -82,27 +84,16 @@ class BinaryLinear(nn.Linear):
     rows: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Y of shape (..., out) for x of shape (..., in)."""
-        levels, alpha = self.input_bits(input)
-        signs, scale = self.signs()
-        product = linear(levels, signs) * (alpha * scale)
-        return product if self.bias is None else product + self.bias
+        """Y of shape (..., out) for x of shape (..., in), in the precision of the weights, also under autocast."""
+        with torch.autocast(input.device.type, enabled=False):
+            levels, alpha = self.input_bits(input.to(self.weight.dtype))
+            signs, scale = self.signs()
+            product = linear(levels, signs) * (alpha * scale)
+            return product if self.bias is None else product + self.bias
 
     def signs(self) -> tuple[Tensor, Tensor]:
-        """Signs of the weights and their scale; kept from call to call while nothing is trained."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if traced or torch.is_grad_enabled() or self.weight.is_inference():
-            self.__dict__["_signs"] = None
-            return binarized(self.weight, rows=self.rows)
-        stamp = (self.weight.data_ptr(), self.weight._version)
-        kept = self.__dict__.get("_signs")
-        if kept is None or kept[0] != stamp:
-            kept = self.__dict__["_signs"] = stamp, binarized(self.weight, rows=self.rows)
-        found: tuple[Tensor, Tensor] = kept[1]
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_signs": None}
+        """Signs of the weights, of their shape, and their scale."""
+        return binarized(self.weight, rows=self.rows)
 
 
 class BinaryEmbedding(nn.Embedding):
@@ -113,6 +104,17 @@ class BinaryEmbedding(nn.Embedding):
         rows = embedding(input, self.weight, self.padding_idx)
         signs, scale = binarized(rows.flatten(0, -2), rows=True)
         return (signs * scale[:, None]).view_as(rows)
+
+
+class RoundedEmbedding(nn.Embedding):
+    """An `nn.Embedding` whose rows are whole numbers from -127 to 127 times a scale of each row, as they are stored."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of shape (..., width) for ids of shape (...); the gradient goes straight through."""
+        rows = embedding(input, self.weight, self.padding_idx)
+        whole, scale = int8_rows(rows.detach().flatten(0, -2))
+        rounded = (whole * scale[:, None]).view_as(rows).to(rows.dtype)
+        return rounded + (rows - rows.detach()) if rows.requires_grad else rounded
 
 
 class AttentionBits(nn.ModuleDict):
@@ -137,11 +139,12 @@ class AttentionBits(nn.ModuleDict):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """Context, (batch, heads, tokens, head width), and the probabilities."""
-        (q, of_q), (k, of_k), (v, of_v) = self["query"](query), self["key"](key), self["value"](value)
-        scores = masked((q @ k.transpose(-1, -2)) * (of_q * of_k * scaling), mask)
-        probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
-        p, of_p = self["probs"](drop(probabilities, dropout, self.training))
-        return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities.to(query.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            (q, of_q), (k, of_k), (v, of_v) = self["query"](query), self["key"](key), self["value"](value)
+            scores = masked((q @ k.transpose(-1, -2)) * (of_q * of_k * scaling), mask)
+            probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
+            p, of_p = self["probs"](drop(probabilities, dropout, self.training))
+            return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities.to(query.dtype)
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -212,9 +215,10 @@ def calibrate(model: nn.Module, batches: Sequence[dict[str, Tensor]], how: Estim
     Raises:
         SecateurError: there is no batch, or a quantiser saw nothing, or no finite values.
     """
+    device = next(model.parameters()).device
     with _calibrating(model, how):
         for batch in batches:
-            model(**batch)
+            model(**{name: tensor.to(device) for name, tensor in batch.items()})
     blind = [name for name, module in model.named_modules() if isinstance(module, Quantizer) and not _ready(module)]
     if blind:
         raise SecateurError(

@@ -76,7 +76,10 @@ def _rounded(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) -> 
     moved = x if shift is None else x - shift
     if levels.is_sign:
         return torch.where(moved >= 0, 1.0, -1.0).to(x.dtype)
-    return (moved / alpha).clamp(levels.lowest, levels.highest).add(0.5).floor()
+    u = (moved.to(torch.promote_types(moved.dtype, torch.float32)) / alpha).clamp(
+        levels.lowest, levels.highest
+    )  # half precision has no ½ above 128
+    return (u + 0.5).floor().clamp(max=levels.highest).to(x.dtype)
 
 
 class _Rounded(torch.autograd.Function):
@@ -159,8 +162,9 @@ def first_alpha(x: Tensor, levels: Levels, how: Estimate = "mean") -> Tensor:
         x: a sample, any shape.
         levels: what they will be rounded to.
         how: "mean" takes the released code's 2 mean|x| / √(highest level) for signed and 4 mean|x| / √(highest level)
-            for unsigned levels; "analytic" the paper's mean|x|, or for {0, 1} the mean of what is at least ½ ("mean" if
-            nothing is); "search" the α with the least ‖x - α · levels‖² of 64 between a hundredth and all of max|x|.
+            for unsigned levels. "analytic", of one bit, takes the paper's mean|x|, or for {0, 1} the mean of what is at
+            least ½ ("mean" if nothing is, and of more bits). "search" takes the α with the least ‖x - α · levels‖² of
+            64 between a hundredth and all of max|x|.
 
     Returns:
         A positive scalar, in float32.

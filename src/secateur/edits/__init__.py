@@ -59,6 +59,7 @@ EDITS: dict[str, type[Slice] | type[DropTokens] | type[Sparsify] | type[Binarize
 }
 STORED = (Sparsify, Binarize)
 """Edits that store weights in a form of their own."""
+BINARY = "A binary model cannot be changed any more: cut it first, and binarize it last."
 
 
 def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False) -> nn.Module:
@@ -77,7 +78,7 @@ def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False)
     """
     for edit in edits:
         if is_binary(model) and not isinstance(edit, Binarize):
-            raise SecateurError("A binary model cannot be changed any more: cut it first, and binarize it last.")
+            raise SecateurError(BINARY)
         edit.apply(model, empty=empty)
     return model
 
@@ -86,6 +87,8 @@ def merge(edits: Sequence[Edit]) -> list[Edit]:
     """The same change with neighbouring slices joined into one, and each sparse weight stored in one way, the last."""
     merged: list[Edit] = []
     for edit in edits:
+        if any(isinstance(one, Binarize) for one in merged) and not isinstance(edit, Binarize):
+            raise SecateurError(BINARY)
         if isinstance(edit, Binarize):  # its bits take the place of values
             merged = [one for one in merged if not isinstance(one, STORED)]
         if isinstance(edit, Sparsify):

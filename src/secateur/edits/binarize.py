@@ -5,19 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
-from secateur.bits.modules import AttentionBits, BinaryEmbedding, BinaryLinear, Quantizer, implementation, quantizers
+from secateur.bits.modules import (
+    AttentionBits,
+    BinaryEmbedding,
+    BinaryLinear,
+    Quantizer,
+    RoundedEmbedding,
+    implementation,
+    quantizers,
+)
 from secateur.bits.mpnet import MPNetBits
 from secateur.bits.packing import packed, unpacked, words_for
 from secateur.bits.quantizers import BITS, Levels, binarized
 from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
-from secateur.families import sites
+from secateur.families import Sites, sites
 from secateur.sparsity.storage import int8_rows
 from secateur.sparsity.weights import base_of, owner_of
 from secateur.tokens.attention import AttentionConfig
@@ -35,16 +43,17 @@ class Binarize:
         bits: by site, bits of an activation. A site is a map, "encoder.layer.0.output.dense", whose input it is and
             whose weights get one bit, or an operand of attention, "encoder.layer.0.attention.self:probs" (also
             ":query", ":key", ":value"). What is not named stays as it is.
-        embeddings: how the table of words is stored: "float", "int8" with a scale for each row, or "1bit", row-wise,
-            which the model computes with.
+        embeddings: the table of words: "float", "int8" with a scale for each row, or "1bit", row-wise.
         rows: a scale of the weights for each output instead of one for the map.
-        two_sets: levels from 0 for what is never negative (probabilities, what a ReLU gives); else signed everywhere.
+        two_sets: levels from 0 for what a ReLU gives, as for probabilities; else signed ones.
+        relu: a ReLU in place of the model's activation in the layers.
     """
 
     bits: dict[str, int]
     embeddings: Embeddings = "1bit"
     rows: bool = False
     two_sets: bool = True
+    relu: bool = True
 
     type: ClassVar[str] = "binarize"
     changes_shapes: ClassVar[bool] = True
@@ -52,8 +61,9 @@ class Binarize:
     def __post_init__(self) -> None:
         if self.embeddings not in get_args(Embeddings):
             raise SecateurError(f"embeddings is {' or '.join(get_args(Embeddings))}, not {self.embeddings!r}.")
-        if not (type(self.rows) is bool and type(self.two_sets) is bool and isinstance(self.bits, dict) and self.bits):
-            raise SecateurError("A binary model has the bits of each site; rows and two_sets are true or false.")
+        switches = (self.rows, self.two_sets, self.relu)
+        if not (all(type(switch) is bool for switch in switches) and isinstance(self.bits, dict) and self.bits):
+            raise SecateurError("A binary model has the bits of each site; rows, two_sets and relu are true or false.")
         for site, count in self.bits.items():
             if type(count) is not int or count not in BITS:
                 raise SecateurError(f"'{site}' has 1, 2, 4 or 8 bits, not {count!r}.")
@@ -72,36 +82,47 @@ class Binarize:
             UnsupportedModel: a family whose maps or attention cannot be binarized.
             SecateurError: a site that the model does not have.
         """
-        found = _check(model)
-        unknown = sorted(set(self.bits) - set(places(model)))
-        if unknown:
-            raise SecateurError(f"The model has no site '{unknown[0]}'; there are such as {next(iter(places(model)))}.")
-        from_relu = {f"{path_of(model, site.output)}" for site in found.neurons} if _has_relu(model) else set()
+        found, known = _check(model), places(model)
+        if unknown := sorted(site for site in set(self.bits) - set(known) if not site.startswith("pooler.")):
+            raise SecateurError(f"The model has no site '{unknown[0]}'; there are such as {known[0]}.")
+        table = words_of(model) if self.embeddings != "float" else None
+        _plain(model)
+        if self.relu:
+            _use_relu(found)
+        from_relu = {path_of(model, site.output) for site in found.neurons} if self._reads_relu(model) else set()
         base = base_of(model)[0]
-        for name in self.maps:
+        for name in self.maps_in(model):
             module: Any = base.get_submodule(name)
             self._binarize_map(module, Levels(self.bits[name], not (self.two_sets and name in from_relu)))
         for site in found.heads:
             operands = {name: self.bits.get(f"{site.name}:{name}") for name in OPERANDS}
             if any(operands.values()):
                 self._binarize_products(site.module, operands)
-        if self.embeddings == "1bit":
-            words_of(model).__class__ = BinaryEmbedding
+        if table is not None:
+            table.__class__ = BinaryEmbedding if self.embeddings == "1bit" else RoundedEmbedding
+
+    def maps_in(self, model: nn.Module) -> list[str]:
+        """The maps with 1-bit weights that a model has: another head may do without a pooler."""
+        modules = dict(base_of(model)[0].named_modules())
+        return [name for name in self.maps if name in modules]
+
+    def _reads_relu(self, model: nn.Module) -> bool:
+        return self.relu or any(getattr(model.config, key, None) == "relu" for key in ACTIVATION_KEYS)
 
     def _binarize_map(self, module: nn.Linear, levels: Levels) -> None:
-        old = getattr(module, "input_bits", None)
+        shift = module.__dict__.pop(_SHIFT, None)
         module.__class__ = BinaryLinear
         module.rows = self.rows  # type: ignore[assignment]
         module.input_bits = Quantizer(levels, module.in_features, module.weight)
-        if old is not None:
-            module.input_bits.shift = old.shift
+        if shift is not None:
+            module.input_bits.shift = shift
 
     def _binarize_products(self, module: Any, operands: Mapping[str, int | None]) -> None:
         if None in operands.values():
             raise SecateurError("Attention has bits for all of query, key, value and probs, or for none.")
-        signed = {name: not (self.two_sets and name == "probs") for name in OPERANDS}
         like = next(module.parameters())
-        module.attention_bits = AttentionBits({n: Levels(operands[n] or 1, signed[n]) for n in OPERANDS}, like)
+        levels = {n: Levels(operands[n] or 1, n != "probs") for n in OPERANDS}  # ±1 would look at padding too
+        module.attention_bits = AttentionBits(levels, like)
         if isinstance(module, MPNetSelfAttention):
             module.__class__ = MPNetBits
         elif not isinstance(module.config, AttentionConfig):
@@ -129,13 +150,6 @@ class Binarize:
         except (SecateurError, TypeError) as error:
             raise InvalidModel(f"config.json: the binarize edit cannot be read: {error}") from None
 
-    @torch.no_grad()
-    def settle(self, model: nn.Module) -> None:
-        """Round a table of words that is stored in bytes to what will be stored."""
-        if self.embeddings == "int8":
-            table = words_of(model).weight
-            table.copy_(_dense(*int8_rows(table), (table.shape[0], table.shape[1])))
-
     # --- storage ------------------------------------------------------------------------------------------------
 
     def shape_for_reading(self, model: nn.Module) -> None:
@@ -156,11 +170,15 @@ class Binarize:
             parts = getattr(owner, key).detach(), getattr(owner, f"{key}_scale")
             delattr(owner, f"{key}_scale")
             setattr(owner, key, nn.Parameter(_dense(*parts, owner.__dict__.pop(_SHAPE)).to(dtype)))
-        if not all(bool(quantizer.alpha.isfinite()) for quantizer in quantizers(model)):
-            raise InvalidModel("The model was saved before its activations were calibrated: calibrate, then save.")
 
     def encode(self, state: dict[str, Tensor], model: nn.Module) -> None:
-        """Weights of a model's state dict in the form that is stored, in place."""
+        """Weights of a model's state dict in the form that is stored, in place.
+
+        Raises:
+            SecateurError: a scale of activations is not a number.
+        """
+        if not all(bool(quantizer.alpha.isfinite()) for quantizer in quantizers(model)):
+            raise SecateurError("The activations of this model are not calibrated: call secateur.binarize first.")
         for key, (rows, kind) in self._keys(model).items():
             weight = state[key].detach()
             state[key], state[f"{key}_scale"] = int8_rows(weight) if kind == "int8" else _bits(weight, rows)
@@ -173,13 +191,23 @@ class Binarize:
                 shape = (shapes[key][0], shapes[key][1])
                 state[prefix + key] = _dense(state[prefix + key], state.pop(f"{prefix}{key}_scale"), shape)
 
-    def checksum(self, state: Mapping[str, Tensor], model: nn.Module) -> str:
-        """SHA-256 of all words of bits (or bytes) that are stored."""
-        digest = hashlib.sha256()
-        for name in sorted(self._keys(model)):
-            digest.update(name.encode())
-            digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    def checksums(self, state: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+        """By name in the base model: dtype and hash of all that is stored of the binary part."""
+        prefix = base_of(model)[1]
+        names = [name for key in self._keys(model) for name in (key, f"{key}_scale")]
+        names += [key for key in state if key.endswith((".alpha", ".shift")) and "_bits." in key]
+        return {name.removeprefix(prefix): _hash(state[name]) for name in names}
+
+    def damaged(self, stored: Mapping[str, str], model: nn.Module) -> str | None:
+        """The first tensor, as it was read, that is not what was stored; None if all are.
+
+        Numbers that were read in another precision than they were stored in are not compared.
+        """
+        for name, found in self.checksums(model.state_dict(), model).items():
+            wanted = stored.get(name, "")
+            if found != wanted and not (found[:8] != wanted[:8] and wanted.startswith("float")):
+                return name
+        return None
 
     def weights(self, model: nn.Module) -> list[str]:
         """Names, in the whole model, of the weights that are stored in another form."""
@@ -187,7 +215,7 @@ class Binarize:
 
     def _stored(self, model: nn.Module) -> Iterator[tuple[nn.Module, str, bool, str]]:
         """Module, name of its weight, whether it has a scale for each row, and "bits" or "int8"."""
-        for name in self.maps:
+        for name in self.maps_in(model):
             yield *owner_of(model, f"{name}.weight"), self.rows, "bits"
         if self.embeddings != "float":
             yield words_of(model), "weight", True, "bits" if self.embeddings == "1bit" else "int8"
@@ -199,6 +227,7 @@ class Binarize:
 
 
 _SHAPE = "_secateur_shape"
+_SHIFT = "_secateur_shift"
 
 
 def places(model: nn.Module) -> list[str]:
@@ -241,31 +270,39 @@ def words_of(model: nn.Module) -> nn.Embedding:
     return table
 
 
-def use_relu(model: nn.Module) -> None:
-    """Put a ReLU behind the map into the neurons of each layer, in place and in the config."""
-    config: Any = model.config
-    key = _activation_key(model)
-    usual = type(ACT2FN[getattr(config, key)])
-    for site in _check(model).neurons:
+def _use_relu(found: Sites) -> None:
+    """Put a ReLU behind the map into the neurons of each layer, in place; heads keep their activations."""
+    usual = tuple({type(ACT2FN[name]) for name in ACT2FN} - {type(ACT2FN["linear"])})
+    for site in found.neurons:
         for parent in list(site.layer_module.modules()):
             for name, child in parent.named_children():
-                if type(child) is usual:
+                if isinstance(child, usual):
                     setattr(parent, name, ACT2FN["relu"])
-    setattr(config, key, "relu")
 
 
-def _has_relu(model: nn.Module) -> bool:
-    return bool(getattr(model.config, _activation_key(model)) == "relu")
+def _plain(model: nn.Module) -> None:
+    """Take all quantisers out of a model, in place; shifts wait for the next ones. A ReLU stays."""
+    for module in list(model.modules()):
+        if isinstance(module, BinaryLinear):
+            module.__dict__[_SHIFT] = module.input_bits.shift
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+            del module.input_bits, module.rows
+        elif isinstance(module, (BinaryEmbedding, RoundedEmbedding)):
+            module.__class__ = nn.Embedding  # type: ignore[assignment]
+        elif isinstance(getattr(module, "attention_bits", None), AttentionBits):
+            del module.attention_bits
+            if isinstance(module, MPNetBits):
+                module.__class__ = MPNetSelfAttention  # type: ignore[assignment]
+            else:
+                module.config = cast(AttentionConfig, module.config).under
 
 
-def _activation_key(model: nn.Module) -> str:
-    found = next((key for key in ACTIVATION_KEYS if isinstance(getattr(model.config, key, None), str)), None)
-    if found is None:
-        raise UnsupportedModel("The config of this model does not name its activation.")
-    return found
+def _hash(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{str(tensor.dtype).removeprefix('torch.')} {hashlib.sha256(data).hexdigest()[:32]}"
 
 
-def _check(model: nn.Module) -> Any:
+def _check(model: nn.Module) -> Sites:
     found = sites(model)
     if hasattr(model, "secateur"):
         raise SecateurError("This model eliminates tokens, which 1-bit attention cannot do: binarize another one.")

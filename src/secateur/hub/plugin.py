@@ -77,7 +77,7 @@ class SecateurQuantizer(HfQuantizer):
     _reading = False  # whether weights that `save_pretrained` wrote for this plug-in are being read
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        self._checksums: set[str] = set()
+        self._checksums: dict[str, str] = {}
         stored = [self._check_digest(Path(file)) for file in kwargs.get("checkpoint_files") or ()]
         self._reading = any(stored)  # weights that something else wrote beside these edits carry no guard
         apply_edits(model, self.quantization_config.edits, empty=True)
@@ -97,8 +97,8 @@ class SecateurQuantizer(HfQuantizer):
             model.register_load_state_dict_pre_hook(_unguard)
         for edit in self._storing():
             if self._reading:
-                if isinstance(edit, Binarize) and self._checksums != {edit.checksum(model.state_dict(), model)}:
-                    raise InvalidModel("The bits of the model are not those it was saved with: the file is damaged.")
+                if isinstance(edit, Binarize) and (damaged := edit.damaged(self._checksums, model)):
+                    raise InvalidModel(f"'{damaged}' is not what the model was saved with: the file is damaged.")
                 edit.restore(model, cast(PreTrainedModel, model).dtype)
             model.register_load_state_dict_pre_hook(_densify)
         self._reading = False
@@ -118,7 +118,7 @@ class SecateurQuantizer(HfQuantizer):
             metadata = weights.metadata() or {}
         stored = metadata.get(_DIGEST)
         if _CHECKSUM in metadata:
-            self._checksums.add(metadata[_CHECKSUM])
+            self._checksums |= json.loads(metadata[_CHECKSUM])
         if stored is not None and stored != self.quantization_config.digest:
             raise InvalidModel(
                 f"The edits in config.json are not those {file.name} was saved with: restore config.json or "
@@ -139,7 +139,7 @@ class SecateurQuantizer(HfQuantizer):
         metadata = {_DIGEST: self.quantization_config.digest}
         for edit in self._storing():
             if isinstance(edit, Binarize) and state is not None:
-                metadata[_CHECKSUM] = edit.checksum(state, model)
+                metadata[_CHECKSUM] = json.dumps(edit.checksums(state, model))
         return state, metadata
 
     def is_serializable(self) -> bool:

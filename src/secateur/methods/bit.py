@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur import hub
-from secateur.binary import binarize
+from secateur.binary import binarize, bits_of
 from secateur.bits.modules import quantizers
 from secateur.bits.quantizers import BITS, Estimate
 from secateur.checks import check_fields, check_shares
 from secateur.costs.analytic import macs, params
+from secateur.costs.budget import Constraint
 from secateur.edits.binarize import Embeddings
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.run import Job, Outcome
 from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate
-from secateur.train import KeepBest, LatentWeights, Settings, bf16_pays, imitated
+from secateur.train import KeepBest, Settings, imitated
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Bit:
             ".=1, :probs=4" under the budget "bits<=4".
         embeddings: how the table of words is stored: "1bit", with which the model computes, "int8" or "float".
         rows: a scale of the weights for each output instead of one for the map.
-        two_sets: levels from 0 for what is never negative; else signed everywhere.
+        two_sets: levels from 0 for what a ReLU gives, as for probabilities; else signed ones.
         relu: a ReLU in place of the model's activation in the feed-forward blocks.
         calibration: how the scales of activations begin: "mean", "analytic" or "search".
         elastic: learn the scales and shifts of activations.
@@ -86,21 +88,15 @@ class Bit:
 
     def run(self, job: Job) -> Outcome:
         """Binarize and train, step by step."""
-        limit = next(c.limit for c in job.constraints if c.kind == "bits")
-        last = max((count for count in BITS if count <= limit), default=0)
-        if not last:
-            raise InvalidBudget(f"bits<={limit:g} is out of reach: an activation has at least 1 bit.")
-        if high := [f"{name}={count}" for name, count in self._mixed().items() if count > limit]:
-            raise InvalidBudget(f"bit: mixed has {high[0]}, above the budget bits<={limit:g}: raise the budget.")
-        batches = job.calibration(self.batches, 32)
-        model, teacher = copy.deepcopy(job.model), job.model
-        steps = [*(count for count in self._before() if count > last), last]
+        steps = self._steps(job.model, job.constraints)
+        batches = job.calibration(self.batches, 32, max_length=self.max_length)
+        model, teacher = copy.deepcopy(job.model), copy.deepcopy(job.model)
         for number, count in enumerate(steps, 1):
             binarize(
                 model,
                 batches,
                 count,
-                mixed=self._mixed() if count == last else None,
+                mixed=self._mixed() if count == steps[-1] else None,
                 embeddings=self._embeddings(model),
                 rows=self.rows,
                 two_sets=self.two_sets,
@@ -112,8 +108,6 @@ class Bit:
             model.load_state_dict(trained)
             nn.Module.to(model, job.model.device)
             teacher = copy.deepcopy(model)
-        for edit in hub.edits_of(model):
-            edit.settle(model) if hasattr(edit, "settle") else None
         model.eval().requires_grad_(True)
         full = SubNetwork.full(model)
         counted = {
@@ -122,6 +116,30 @@ class Bit:
             "bits": float(max(quantizer.levels.bits for quantizer in quantizers(model))),
         }
         return Outcome(model, hub.edits_of(model), full, predicted=counted)
+
+    def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
+        """Raise what a run would, before it is begun; the steps of its training.
+
+        Args:
+            model: the model to be binarized.
+            limits: the budget.
+            rows: training examples.
+
+        Raises:
+            SecateurError: bits out of reach, or a site that the model does not have.
+        """
+        return {"steps": len(self._steps(model, limits)) * self.epochs * -(-rows // self.batch_size)}
+
+    def _steps(self, model: PreTrainedModel, limits: Sequence[Constraint]) -> list[int]:
+        """Activation bits of each step."""
+        limit = next(c.limit for c in limits if c.kind == "bits")
+        last = max((count for count in BITS if count <= limit), default=0)
+        if not last:
+            raise InvalidBudget(f"bits<={limit:g} is out of reach: an activation has at least 1 bit.")
+        bits_of(model, last, self._mixed())  # what does not fit is found before anything is trained
+        if high := [f"{name}={count}" for name, count in self._mixed().items() if count > limit]:
+            raise InvalidBudget(f"bit: mixed has {high[0]}, above the budget bits<={limit:g}: raise the budget.")
+        return [*(count for count in self._before() if count > last), last]
 
     def _before(self) -> list[int]:
         """Bits of the steps before the last."""
@@ -157,21 +175,17 @@ class Bit:
             weight_decay=self.weight_decay,
             seed=job.seed,
             dropout=self.dropout,
-            bf16=bf16_pays(),
+            bf16=False,  # quantised products are computed in float32 in any case
             eps=self.eps,
             scale_lr=self.scale_lr,
         )
-        callbacks: list[Any] = [LatentWeights()]
         with tempfile.TemporaryDirectory() as spare:
             folder = Path(spare) if job.run.folder is None else job.run.folder / stage
-            if job.task.validation is not None:
-                callbacks.append(KeepBest(lambda net: self._score(net, job), folder))
-            objective = imitated(copy.deepcopy(teacher)) if self.distill else None
-            trained = job.trained(model, settings, callbacks, objective, stage)
-            if len(callbacks) > 1:
-                callbacks[1].restore(model)
-                trained = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        return trained
+            best = KeepBest(lambda net: self._score(net, job), folder)
+            objective = imitated(teacher) if self.distill else None
+            job.trained(model, settings, [best] if job.task.validation is not None else [], objective, stage)
+            best.restore(model)
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     def _score(self, model: PreTrainedModel, job: Job) -> float:
         return evaluate(model, job.tokenizer, job.task, "validation").metrics[job.task.metric]

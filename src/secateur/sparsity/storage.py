@@ -63,8 +63,12 @@ def encode(weight: Tensor, values: Values, block: tuple[int, int] = (1, 1)) -> d
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as whole numbers from -127 to 127 and a scale for each row, w ≈ scale · q, scale = max |w| / 127."""
+    """A matrix as whole numbers from -127 to 127 and a scale for each row, w ≈ scale · q, scale = max |w| / 127.
+
+    Scales are rounded up to 16 significant bits, so that 127 · scale is exact: what was rounded once stays as it is.
+    """
     scale = weight.float().abs().amax(dim=1) / 127 if weight.numel() else weight.new_zeros(len(weight)).float()
+    scale = ((scale.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)
     return (weight.float() / torch.where(scale == 0, 1, scale)[:, None]).round().to(torch.int8), scale
 
 

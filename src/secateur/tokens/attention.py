@@ -35,6 +35,11 @@ class AttentionConfig:
     def _attn_implementation(self) -> Any:
         return self._name() or self._config._attn_implementation
 
+    @property
+    def under(self) -> Any:
+        """The config itself."""
+        return self._config
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in (
             "_config",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ class LatentWeights(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write them."""
-        if model is not None and state.is_world_process_zero:
-            save_file(_latent(model), _folder(args, state) / LATENT)
+        if model is not None and state.is_world_process_zero and (latent := _latent(model)):
+            save_file(latent, _folder(args, state) / LATENT)
 
     @torch.no_grad()
     def on_train_begin(
@@ -44,12 +46,16 @@ class LatentWeights(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Read them, if training goes on; without them it goes on from ±s."""
+        """Read them, if training goes on; without them it goes on from ±s, with a warning."""
+        if model is None or state.global_step == 0 or not (latent := _latent(model)):
+            return
         file = _folder(args, state) / LATENT
-        if model is not None and state.global_step > 0 and file.is_file():
-            kept = load_file(file)
-            for name, weight in _latent(model).items():
-                weight.copy_(kept[name])
+        if not file.is_file():
+            warnings.warn(f"{file} is missing: training goes on from the bits, not from the weights.", stacklevel=2)
+            return
+        kept = load_file(file)
+        for name, weight in latent.items():
+            weight.copy_(kept[name])
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -74,11 +80,21 @@ class KeepBest(TrainerCallback):
         self.file = folder / BEST
         self.scores: dict[str, float] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Forget the epochs of another run, or those that a killed run will see again."""
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Forget the epochs that a killed run will see again; score the one after whose last step it was killed."""
         notes = self.file.with_suffix(".json")
         found = json.loads(notes.read_text()) if notes.is_file() else {}
         self.scores = {step: score for step, score in found.items() if int(step) <= state.global_step}
+        epoch = state.max_steps / args.num_train_epochs
+        if state.global_step and state.global_step % epoch == 0:
+            self.on_epoch_end(args, state, control, model)
 
     def on_epoch_end(
         self,
@@ -89,19 +105,37 @@ class KeepBest(TrainerCallback):
         **_: Any,
     ) -> None:
         """Score the epoch, and keep its weights if they are the best so far."""
-        score = self.judge(model.eval())
+        if str(state.global_step) in self.scores:
+            return
+        with _without_autocast(model):
+            score = self.judge(model.eval())
         model.train()
-        if score > max(self.scores.values(), default=-torch.inf):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+        best, self.scores[str(state.global_step)] = max(self.scores.values(), default=-torch.inf), score
+        if not state.is_world_process_zero:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        if score > best:
             fresh = self.file.with_suffix(".tmp")
             save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, fresh)
             os.replace(fresh, self.file)
-        self.scores[str(state.global_step)] = score
         notes = self.file.with_suffix(".json")
         notes.with_suffix(".new").write_text(json.dumps(self.scores))
         os.replace(notes.with_suffix(".new"), notes)
 
     def restore(self, model: nn.Module) -> None:
-        """Give a model the best weights."""
-        if self.scores:
+        """Give a model the best weights, if any epoch had a score."""
+        if self.file.is_file():
             model.load_state_dict(load_file(self.file))
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """The forward pass that a model has without its trainer, for a while."""
+    wrapped, plain = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if plain is not None:
+        model.forward = plain
+    try:
+        yield
+    finally:
+        if plain is not None:
+            model.forward = wrapped  # type: ignore[assignment]

@@ -35,6 +35,7 @@ from secateur.progress import progress as show_progress
 from secateur.sparsity.selection import Units
 from secateur.tasks.batching import BucketSampler, Encoded, encode, token_limit
 from secateur.tasks.task import Task
+from secateur.train.binarizing import LatentWeights
 from secateur.train.losses import Objective
 from secateur.train.pruning import Pruning
 
@@ -112,7 +113,11 @@ def fit(
         model=model,
         args=_arguments(folder, settings),
         train_dataset=_Rows(rows),
-        callbacks=[*callbacks, _Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds)],  # marks them last
+        callbacks=[
+            *callbacks,
+            LatentWeights(),
+            _Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds),
+        ],  # marks them last
         objective=objective,
         scale_lr=settings.scale_lr,
     )
@@ -126,6 +131,7 @@ def fit(
         trainer.add_callback(_Progress(advance))
         with _dropout(model, settings.dropout), _zeros_held(model, callbacks):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    _without_autocast(model)
     _check_finite(model)
     model.eval()
 
@@ -150,6 +156,7 @@ class CompressionTrainer(Trainer):
     Args:
         pruning: prunes while it trains (`Pruning`); any other `Trainer` takes it among its callbacks.
         objective: the loss; the model's own if None.
+        scale_lr: peak learning rate of the scales of quantised activations; that of the weights if None.
     """
 
     def __init__(
@@ -157,11 +164,13 @@ class CompressionTrainer(Trainer):
         *args: Any,
         pruning: TrainerCallback | None = None,
         objective: Objective | None = None,
+        scale_lr: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if pruning is not None:
-            kwargs["callbacks"] = [pruning, *(kwargs.get("callbacks") or ())]
+        first = [LatentWeights()] if pruning is None else [LatentWeights(), pruning]
+        kwargs["callbacks"] = [*first, *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
+        self.scale_lr = scale_lr
         self.pruning = pruning
         self.objective: Objective | None = objective
         if objective is not None:
@@ -183,22 +192,6 @@ class CompressionTrainer(Trainer):
             raise _diverged(self.state.global_step)
         return found
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and what pruning found at its last choice."""
-        super().log(logs | (self.pruning.last if isinstance(self.pruning, Pruning) else {}), *args, **kwargs)
-
-
-class BucketTrainer(CompressionTrainer):
-    """A trainer whose batches hold examples of like length. The training set must be an encoded split's rows.
-
-    Args:
-        scale_lr: peak learning rate of the scales of quantised activations; that of the weights if None.
-    """
-
-    def __init__(self, *args: Any, scale_lr: float | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.scale_lr = scale_lr
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of what decays: no biases and norms, and no scales and shifts of activations."""
         light = {id(p) for quantizer in quantizers(model) for p in quantizer.parameters()}
@@ -217,6 +210,14 @@ class BucketTrainer(CompressionTrainer):
                 group["params"] = [p for p in group["params"] if id(p) not in scales]
             optimizer.add_param_group({"params": list(scales.values()), "weight_decay": 0.0, "lr": self.scale_lr})
         return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and what pruning found at its last choice."""
+        super().log(logs | (self.pruning.last if isinstance(self.pruning, Pruning) else {}), *args, **kwargs)
+
+
+class BucketTrainer(CompressionTrainer):
+    """A trainer whose batches hold examples of like length. The training set must be an encoded split's rows."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of an epoch; their order depends on the seed and the epoch alone."""
@@ -346,6 +347,15 @@ def _dropout(model: nn.Module, share: float | None) -> Iterator[None]:
     finally:
         for module, p in usual.items():
             module.p = p
+
+
+def _without_autocast(model: nn.Module) -> None:
+    """Take away the forward pass that accelerate put on a model for training in half precision."""
+    usual = model.__dict__.pop("_original_forward", None)
+    if usual is not None:
+        del model.__dict__["forward"]
+        if usual.__func__ is not type(model).forward:
+            model.forward = usual
 
 
 def _check_finite(model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -60,12 +60,12 @@ def imitated(teacher: PreTrainedModel) -> Objective:
         check_teacher(model, teacher)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         found = model(**inputs, output_hidden_states=True)
-        if teacher.device != found.logits.device:
-            teacher.to(found.logits.device)
+        if teacher.device != found.hidden_states[0].device:
+            teacher.to(found.hidden_states[0].device)
         with torch.no_grad():
             wanted = teacher(**inputs, output_hidden_states=True)
-        logits, goal = _counted(found.logits, wanted.logits, batch)
-        loss = output_distance(logits, goal, 1.0) / logits.shape[-1]
+        pairs = [_counted(*pair, batch) for pair in zip(_logits(found), _logits(wanted), strict=True)]
+        loss = torch.stack([output_distance(*pair, 1.0) / pair[0].shape[-1] for pair in pairs]).sum()
         for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
             loss = loss + nn.functional.mse_loss(_real(one, inputs), _real(other, inputs))
         return loss
@@ -80,10 +80,19 @@ def check_teacher(model: nn.Module, teacher: PreTrainedModel) -> None:
         SecateurError: names the first that differs.
     """
     config = getattr(getattr(model, "module", model), "config", None)
+    if teacher.config.problem_type == "multi_label_classification":
+        raise SecateurError("A softmax says nothing of several labels at once: distil with a loss of your own.")
     for name in ("vocab_size", "num_labels", "hidden_size", "num_hidden_layers"):
         mine, other = getattr(config, name, None), getattr(teacher.config, name, None)
         if mine != other:
             raise SecateurError(f"The teacher has {name} {other}, the student {mine}: distil from a model like it.")
+
+
+def _logits(outputs: Any) -> list[torch.Tensor]:
+    """A head's outputs: one tensor, or where an answer starts and where it ends."""
+    if hasattr(outputs, "start_logits"):
+        return [outputs.start_logits, outputs.end_logits]
+    return [outputs.logits]
 
 
 def _counted(
