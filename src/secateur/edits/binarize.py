@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 from secateur.bits.modules import (
@@ -272,7 +272,8 @@ def words_of(model: nn.Module) -> nn.Embedding:
 
 def _use_relu(found: Sites) -> None:
     """Put a ReLU behind the map into the neurons of each layer, in place; heads keep their activations."""
-    usual = tuple({type(ACT2FN[name]) for name in ACT2FN} - {type(ACT2FN["linear"])})
+    listed = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+    usual = cast(tuple[type, ...], tuple(listed - {ACT2CLS["linear"]}))
     for site in found.neurons:
         for parent in list(site.layer_module.modules()):
             for name, child in parent.named_children():

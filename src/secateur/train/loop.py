@@ -113,11 +113,7 @@ def fit(
         model=model,
         args=_arguments(folder, settings),
         train_dataset=_Rows(rows),
-        callbacks=[
-            *callbacks,
-            LatentWeights(),
-            _Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds),
-        ],  # marks them last
+        callbacks=[*callbacks, _Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds)],  # marks them last
         objective=objective,
         scale_lr=settings.scale_lr,
     )
