@@ -76,7 +76,7 @@ def test_prior_at_its_ends() -> None:
     flat = MixturePrior(0.3, 0.05, 0.05)
     assert float(flat.pull(x)) == pytest.approx(1e-5 / 0.05)
     assert flat.threshold == 0
-    with pytest.raises(SecateurError, match=r"not above the slab's; got 0.1 and 0.05"):
+    with pytest.raises(SecateurError, match="0 < spike <= slab, not 0.1 and 0.05"):
         MixturePrior(0.1, 0.1, 0.05)
     with pytest.raises(SecateurError, match="share lies between 0 and 1, not at 1"):
         MixturePrior(1.0, 1e-9, 0.05)
