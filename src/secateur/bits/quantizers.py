@@ -73,13 +73,16 @@ def to_levels(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) ->
 
 
 def _rounded(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) -> Tensor:
-    moved = x if shift is None else x - shift
+    moved = x.clone() if shift is None else x - shift  # from here in place: a step of training is mostly this
     if levels.is_sign:
-        return torch.where(moved >= 0, 1.0, -1.0).to(x.dtype)
-    u = (moved.to(torch.promote_types(moved.dtype, torch.float32)) / alpha).clamp(
-        levels.lowest, levels.highest
-    )  # half precision has no ½ above 128
-    return (u + 0.5).floor().clamp(max=levels.highest).to(x.dtype)
+        return _sign_(moved).to(x.dtype)
+    u = moved.to(torch.promote_types(moved.dtype, torch.float32)).div_(alpha)  # half precision has no ½ above 128
+    return u.clamp_(levels.lowest, levels.highest).add_(0.5).floor_().clamp_(max=levels.highest).to(x.dtype)
+
+
+def _sign_(x: Tensor) -> Tensor:
+    """Sgn(x) in place, with sgn(0) = 1."""
+    return x.ge_(0).mul_(2).sub_(1)
 
 
 class _Rounded(torch.autograd.Function):
@@ -94,12 +97,11 @@ class _Rounded(torch.autograd.Function):
         x, alpha, shift = ctx.saved_tensors
         moved = x if shift is None else x - shift
         if ctx.levels.is_sign:
-            to_x = torch.where(moved.abs() <= alpha, grad / alpha, 0.0)
+            to_x = moved.abs().le_(alpha).mul_(grad).div_(alpha)
             to_alpha = torch.zeros_like(alpha)
         else:
             u = moved / alpha
-            inside = (u >= ctx.levels.lowest) & (u <= ctx.levels.highest)
-            to_x = torch.where(inside, grad / alpha, 0.0)
+            to_x = u.clamp(ctx.levels.lowest, ctx.levels.highest).eq_(u).mul_(grad).div_(alpha)
             to_alpha = -(to_x * u).sum().to(alpha.dtype)
         to_shift = None if shift is None else -to_x.flatten(0, -2).sum(0).to(shift.dtype)
         return to_x, to_alpha, to_shift, None
@@ -134,13 +136,14 @@ def binarized(weight: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
     Returns:
         Signs ±1, of the weight's shape, and the scale: (out,) with rows, else a scalar.
     """
-    values = weight.detach().double()
-    centre, scale = (part.mean(dim=1) if rows else part.mean() for part in (values, values.abs()))
-    signs = torch.where(values >= (centre[:, None] if rows else centre), 1.0, -1.0).to(weight.dtype)
+    values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    dims = 1 if rows else None
+    centre, scale = (part.mean(dims, keepdim=rows, dtype=torch.float64) for part in (values, values.abs()))
+    signs = _sign_(values - centre.to(values.dtype)).to(weight.dtype)
     scale = scale.clamp_min(LEAST_SCALE).to(weight.dtype)
     if torch.is_grad_enabled() and weight.requires_grad:
-        signs = cast(Tensor, _Through.apply(weight, signs, scale[:, None] if rows else scale))
-    return signs, scale
+        signs = cast(Tensor, _Through.apply(weight, signs, scale))
+    return signs, scale.flatten() if rows else scale
 
 
 class _Through(torch.autograd.Function):
