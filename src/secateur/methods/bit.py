@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from secateur.edits.binarize import Embeddings
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.run import Job, Outcome
 from secateur.subnetwork import SubNetwork
-from secateur.tasks import evaluate
+from secateur.tasks import evaluate, with_replaced_words
 from secateur.train import KeepBest, Settings, imitated
 
 
@@ -43,6 +43,7 @@ class Bit:
         calibration: how the scales of activations begin: "mean", "analytic" or "search".
         elastic: learn the scales and shifts of activations.
         distill: learn from the teacher's outputs and hidden states; else from the labels.
+        augment: so many copies of each training row, with words replaced by similar ones, for the teacher to answer.
         epochs: of each step.
         lr: peak learning rate of the weights.
         batch_size: examples per step of the optimiser.
@@ -64,6 +65,7 @@ class Bit:
     calibration: Estimate = "mean"
     elastic: bool = True
     distill: bool = True
+    augment: int | None = None
     epochs: int = 10
     lr: float = 2e-4
     batch_size: int = 16
@@ -85,12 +87,17 @@ class Bit:
         check_shares(self, "warmup")
         check_shares(self, "dropout", below=True)
         self._before(), self._mixed()
+        if self.augment is not None and not self.distill:
+            raise SecateurError("bit: with other words a row's label may be wrong: augment needs distill.")
 
     def run(self, job: Job) -> Outcome:
         """Binarize and train, step by step."""
         steps = self._steps(job.model, job.constraints)
         batches = job.calibration(self.batches, 32, max_length=self.max_length)
         model, teacher = copy.deepcopy(job.model), copy.deepcopy(job.model)
+        if self.augment is not None:
+            words = cast(Tensor, model.get_input_embeddings().weight)
+            job = replace(job, task=with_replaced_words(job.task, job.tokenizer, words, self.augment, seed=job.seed))
         for number, count in enumerate(steps, 1):
             binarize(
                 model,
@@ -128,6 +135,7 @@ class Bit:
         Raises:
             SecateurError: bits out of reach, or a site that the model does not have.
         """
+        rows *= 1 + (self.augment or 0)
         return {"steps": len(self._steps(model, limits)) * self.epochs * -(-rows // self.batch_size)}
 
     def _steps(self, model: PreTrainedModel, limits: Sequence[Constraint]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secateur.tasks.augmenting import with_replaced_words
 from secateur.tasks.batching import Batches, batches, median_tokens
 from secateur.tasks.loading import load_task
 from secateur.tasks.metrics import Evaluation, compute, evaluate, paired_bootstrap
@@ -21,4 +22,5 @@ __all__ = [
     "load_task",
     "median_tokens",
     "paired_bootstrap",
+    "with_replaced_words",
 ]
