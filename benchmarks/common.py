@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from long_texts import long_texts
 
+from secateur import hub
 from secateur.assets import demo_model
+from secateur.costs.budget import Budget, constraints
 from secateur.costs.machine import fingerprint
 from secateur.hub import open_model, open_tokenizer
 from secateur.results import versions
-from secateur.tasks import Task, load_task
+from secateur.run import Job, Method, Outcome, Run
+from secateur.tasks import Evaluation, Task, evaluate, load_task, median_tokens, paired_bootstrap
 from secateur.tasks.heads import head_class
 from secateur.train import finetune
 
@@ -46,6 +51,74 @@ def real(task: str) -> tuple[Any, Any, Task]:
     else:
         data, folder = load_task(task), SHARED / "models" / f"minilm-l6-{task}"
     return open_model(folder, head_class(data)), open_tokenizer(folder), data
+
+
+@dataclass
+class Sweep:
+    """Trained models of one task, judged against the dense one, row by row in a file that a later run goes on with.
+
+    Attributes:
+        model, tokenizer, data: of the task.
+        tokens: of a median text.
+        dense: what the dense model answers, by split.
+        record: what the file holds.
+        path: the file.
+    """
+
+    model: Any
+    tokenizer: Any
+    data: Task
+    tokens: int
+    dense: dict[str, Evaluation]
+    record: dict[str, Any]
+    path: Path
+
+    @classmethod
+    def of(cls, task: str, rows: int | None, path: Path) -> Sweep:
+        """Open a task's model and data, and the file; train on so many rows of a fixed shuffle, if not on all."""
+        model, tokenizer, data = real(task)
+        if rows is not None:
+            data = replace(data, train=data.split("train").shuffle(seed=0).select(range(rows)))
+        record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+        record |= {"task": task, "metric": data.metric, "train rows": len(data.train or ()), **setting()}
+        dense = {split: evaluate(model, tokenizer, data, split) for split in ("validation", "test")}
+        record["dense"] = {split: found.metrics for split, found in dense.items()}
+        record["dense bytes"] = hub.bytes_on_disk(model)
+        return cls(model, tokenizer, data, median_tokens(data, tokenizer), dense, record, path)
+
+    def has(self, **key: Any) -> bool:
+        """Whether the file has a row with these entries."""
+        return any(all(row[name] == value for name, value in key.items()) for row in self.record["rows"])
+
+    def run(self, method: Method, budget: str, seed: int) -> tuple[Outcome, float]:
+        """What a method makes of the model, and the seconds that it took."""
+        limits = constraints(Budget.parse(budget), self.model, 1, self.tokens, units=False)
+        start = time.perf_counter()
+        outcome = method.run(Job(self.model, self.tokenizer, self.data, limits, Run(None, {}), 1, self.tokens, seed))
+        return outcome, round(time.perf_counter() - start, 1)
+
+    def judge(self, model: Any, row: dict[str, Any]) -> dict[str, Evaluation]:
+        """Add to a row a model's metric on each split, its difference to the dense one and the bytes of its file."""
+        row["bytes"] = hub.bytes_on_disk(model)
+        found = {}
+        for split, before in self.dense.items():
+            after = found[split] = evaluate(model, self.tokenizer, self.data, split)
+            row[split] = after.metrics[self.data.metric]
+            difference = paired_bootstrap(self.data.metric, before.logits, after.logits, before.labels)
+            row[f"{split} difference"] = [round(value, 5) for value in difference]
+        return found
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Write and show a row."""
+        self.record["rows"].append(row)
+        write(self.path, self.record)
+        print(json.dumps(row), flush=True)
+
+
+def pairs(given: list[str]) -> dict[str, Any]:
+    """Hyper-parameters from "name=value"."""
+    found = (pair.partition("=") for pair in given)
+    return {key: value if value.isalpha() else json.loads(value) for key, _, value in found}
 
 
 def seeds_table(record: dict[str, Any], split: str, column: str, values: list[Any], head: str) -> str:

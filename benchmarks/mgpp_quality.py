@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, real, seeds_table, setting, write
+from common import HERE, Sweep, pairs, seeds_table
 
-from secateur import hub
-from secateur.costs.budget import Budget, constraints
 from secateur.methods import Mgpp
-from secateur.run import Job, Run
 from secateur.sparsity.weights import prunable
-from secateur.tasks import evaluate, median_tokens, paired_bootstrap
 
 SPARSITIES = (50, 70, 80, 90, 95)
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,40 +41,18 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -> None:
-    model, tokenizer, data = real(arguments.task)
-    if arguments.rows is not None:
-        data = replace(data, train=data.train.shuffle(seed=0).select(range(arguments.rows)))  # type: ignore[union-attr]
-    tokens = median_tokens(data, tokenizer)
-    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    record |= {"task": arguments.task, "metric": data.metric, "train rows": len(data.train or ()), **setting()}
-    dense = {split: evaluate(model, tokenizer, data, split) for split in ("validation", "test")}
-    record["dense"] = {split: found.metrics for split, found in dense.items()}
-    record["dense bytes"] = hub.bytes_on_disk(model)
-    for seed in arguments.seeds:
-        for name in arguments.methods:
-            for percent in arguments.sparsities:
-                label = f"{name}{arguments.suffix}"
-                if any((r["method"], r["sparsity"], r["seed"]) == (label, percent, seed) for r in record["rows"]):
-                    continue
-                method = Mgpp(**{**METHODS[name], **common})
-                if percent / 100 > 0.5 and method.pattern == "2:4":
-                    continue
-                limits = constraints(Budget.parse(f"sparsity>={percent}%"), model, 1, tokens, units=False)
-                start = time.perf_counter()
-                outcome = method.run(Job(model, tokenizer, data, limits, Run(None, {}), 1, tokens, seed))
-                row: dict[str, Any] = {"method": label, "sparsity": percent, "seed": seed, "set": common}
-                row["seconds"] = round(time.perf_counter() - start, 1)
-                there = (outcome.predicted or {})["map_params"]
-                row["reached"] = round(1 - there / sum(weight.numel() for weight in prunable(model).values()), 6)
-                row["bytes"] = hub.bytes_on_disk(outcome.model)
-                for split, before in dense.items():
-                    after = evaluate(outcome.model, tokenizer, data, split)
-                    row[split] = after.metrics[data.metric]
-                    difference = paired_bootstrap(data.metric, before.logits, after.logits, before.labels)
-                    row[f"{split} difference"] = [round(value, 5) for value in difference]
-                record["rows"].append(row)
-                write(path, record)
-                print(json.dumps(row), flush=True)
+    sweep = Sweep.of(arguments.task, arguments.rows, path)
+    weights = sum(weight.numel() for weight in prunable(sweep.model).values())
+    for seed, name, percent in product(arguments.seeds, arguments.methods, arguments.sparsities):
+        row: dict[str, Any] = {"method": f"{name}{arguments.suffix}", "sparsity": percent, "seed": seed}
+        method = Mgpp(**{**METHODS[name], **common})
+        if sweep.has(**row) or (percent > 50 and method.pattern == "2:4"):
+            continue
+        outcome, seconds = sweep.run(method, f"sparsity>={percent}%", seed)
+        reached = round(1 - (outcome.predicted or {})["map_params"] / weights, 6)
+        row |= {"set": common, "seconds": seconds, "reached": reached}
+        sweep.judge(outcome.model, row)
+        sweep.keep(row)
 
 
 def main() -> None:
@@ -97,9 +70,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     path = HERE / "results" / f"mgpp_quality_{arguments.task}.json"
     if not arguments.table:
-        pairs = (pair.partition("=") for pair in arguments.set)
-        common = {key: value if value.isalpha() else json.loads(value) for key, _, value in pairs}
-        measure(arguments, common, path)
+        measure(arguments, pairs(arguments.set), path)
     record = json.loads(path.read_text())
     for split in ("validation", "test"):
         print(seeds_table(record, split, "sparsity", list(SPARSITIES), "{:g} %"), end="\n\n")
