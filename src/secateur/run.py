@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from secateur.costs.analytic import macs, params
 from secateur.costs.budget import Constraint
 from secateur.edits import Edit
 from secateur.errors import InvalidData, SecateurError
@@ -90,6 +91,11 @@ class Job:
     def distillation(self, weight: float) -> Objective | None:
         """The loss with the distance to the job's model at a weight; None for the model's own."""
         return distilled(copy.deepcopy(self.model), weight) if weight else None
+
+    def costs(self, model: PreTrainedModel) -> dict[str, float]:
+        """MACs, at the job's shape, and parameters of a changed model, whole, as `Outcome.predicted` has them."""
+        full = SubNetwork.full(model)
+        return {"macs": macs(model, self.batch, self.tokens).of(full), "params": params(model).of(full)}
 
     def trained(
         self,

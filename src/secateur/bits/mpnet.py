@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 from secateur.bits.modules import attention
@@ -30,3 +30,7 @@ class MPNetBits(MPNetSelfAttention):
         context, probabilities = attention(self, q, k, v, mask, dropout, self.attention_head_size**-0.5)
         output = self.o(context.flatten(2))
         return (output, probabilities) if output_attentions else (output,)
+
+
+OWN: dict[type[nn.Module], type[nn.Module]] = {MPNetSelfAttention: MPNetBits}
+"""Attention that does not go through transformers' interface: its class, and the one on quantised operands."""

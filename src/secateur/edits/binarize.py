@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS, ACT2FN
-from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 from secateur.bits.modules import (
     AttentionBits,
@@ -21,7 +20,7 @@ from secateur.bits.modules import (
     implementation,
     quantizers,
 )
-from secateur.bits.mpnet import MPNetBits
+from secateur.bits.mpnet import OWN
 from secateur.bits.packing import packed, unpacked, words_for
 from secateur.bits.quantizers import BITS, Levels, binarized
 from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
@@ -123,8 +122,8 @@ class Binarize:
         like = next(module.parameters())
         levels = {n: Levels(operands[n] or 1, n != "probs") for n in OPERANDS}  # ±1 would look at padding too
         module.attention_bits = AttentionBits(levels, like)
-        if isinstance(module, MPNetSelfAttention):
-            module.__class__ = MPNetBits
+        if type(module) in OWN:
+            module.__class__ = OWN[type(module)]
         elif not isinstance(module.config, AttentionConfig):
             module.config = AttentionConfig(module.config, implementation)
 
@@ -283,6 +282,7 @@ def _use_relu(found: Sites) -> None:
 
 def _plain(model: nn.Module) -> None:
     """Take all quantisers out of a model, in place; shifts wait for the next ones. A ReLU stays."""
+    own = {bits: usual for usual, bits in OWN.items()}
     for module in list(model.modules()):
         if isinstance(module, BinaryLinear):
             module.__dict__[_SHIFT] = module.input_bits.shift
@@ -292,8 +292,8 @@ def _plain(model: nn.Module) -> None:
             module.__class__ = nn.Embedding  # type: ignore[assignment]
         elif isinstance(getattr(module, "attention_bits", None), AttentionBits):
             del module.attention_bits
-            if isinstance(module, MPNetBits):
-                module.__class__ = MPNetSelfAttention  # type: ignore[assignment]
+            if type(module) in own:
+                module.__class__ = own[type(module)]
             else:
                 module.config = cast(AttentionConfig, module.config).under
 

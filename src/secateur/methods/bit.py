@@ -17,7 +17,6 @@ from secateur.binary import binarize, bits_of
 from secateur.bits.modules import quantizers
 from secateur.bits.quantizers import BITS, Estimate
 from secateur.checks import check_fields, check_shares
-from secateur.costs.analytic import macs, params
 from secateur.costs.budget import Constraint
 from secateur.edits.binarize import Embeddings
 from secateur.errors import InvalidBudget, SecateurError
@@ -116,13 +115,9 @@ class Bit:
             nn.Module.to(model, job.model.device)
             teacher = copy.deepcopy(model)
         model.eval().requires_grad_(True)
-        full = SubNetwork.full(model)
-        counted = {
-            "macs": macs(model, job.batch, job.tokens).of(full),
-            "params": params(model).of(full),
-            "bits": float(max(quantizer.levels.bits for quantizer in quantizers(model))),
-        }
-        return Outcome(model, hub.edits_of(model), full, predicted=counted)
+        bits = float(max(quantizer.levels.bits for quantizer in quantizers(model)))
+        counted = job.costs(model) | {"bits": bits}
+        return Outcome(model, hub.edits_of(model), SubNetwork.full(model), predicted=counted)
 
     def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
         """Raise what a run would, before it is begun; the steps of its training.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from secateur import hub
 from secateur.checks import check_fields, check_shares
-from secateur.costs.analytic import macs, params
+from secateur.costs.analytic import macs
 from secateur.costs.budget import Term
 from secateur.costs.dial import alpha_for_latency
 from secateur.edits import DropTokens
@@ -119,9 +119,7 @@ class Late:
         dial.alpha = asked
         nn.Module.to(model, job.model.device)  # training may have left it elsewhere
         hub.attach(model.eval(), [edit])
-        full = SubNetwork.full(model)
-        counted = {"macs": macs(model, job.batch, job.tokens).of(full), "params": params(model).of(full)}
-        return Outcome(model, [dial.edit], full, predicted=counted)
+        return Outcome(model, [dial.edit], SubNetwork.full(model), predicted=job.costs(model))
 
     def edit(self, model: PreTrainedModel, inputs: Sequence[dict[str, Tensor]], tokens: int = 128) -> DropTokens:
         """Elimination without training: ACC is measured, and the edit it gives can be applied to the model.

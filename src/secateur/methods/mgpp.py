@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from secateur import hub
 from secateur.checks import check_shares
-from secateur.costs.analytic import macs, params
 from secateur.costs.budget import Constraint
 from secateur.edits import Sparsify
 from secateur.edits.slice import nonzero_units
@@ -90,13 +89,8 @@ class Mgpp(PruningSettings):
             pruned = prunable(model, self.weights)
             hub.attach(model, [sparsified(pruned, self.values, self._block(model, next(iter(pruned))))])
         model.eval()
-        full = SubNetwork.full(model)
-        counted = {
-            "macs": macs(model, job.batch, job.tokens).of(full),
-            "params": params(model).of(full),
-            "map_params": float(sum(int(weight.count_nonzero()) for weight in prunable(model).values())),
-        }
-        return Outcome(model, hub.edits_of(model), kept, predicted=counted)
+        left = float(sum(int(weight.count_nonzero()) for weight in prunable(model).values()))
+        return Outcome(model, hub.edits_of(model), kept, predicted=job.costs(model) | {"map_params": left})
 
     def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
         """Raise what a run would, before it is begun; what it would do.
