@@ -46,12 +46,11 @@ METHODS: dict[str, dict[str, Any]] = {
 def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -> None:
     sweep = Sweep.of(arguments.task, arguments.rows, path)
     for seed, name, bits in product(arguments.seeds, arguments.methods, arguments.bits):
-        row: dict[str, Any] = {"method": f"{name}{arguments.suffix}", "bits": bits, "seed": seed}
+        row: dict[str, Any] = {"method": f"{name}{arguments.suffix}", "bits": bits, "seed": seed, "set": common}
         if sweep.has(**row):
             continue
         with released_optimizer() if name.endswith(RELEASED) else nullcontext():
             outcome, row["seconds"] = sweep.run(Bit(**{**METHODS[name], **common}), f"bits<={bits}", seed)
-        row["set"] = common
         found = sweep.judge(outcome.model, row)
         if arguments.packed:
             words = evaluate(packed_twin(outcome.model), sweep.tokenizer, sweep.data, "validation").logits

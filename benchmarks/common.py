@@ -88,7 +88,7 @@ class Sweep:
 
     def has(self, **key: Any) -> bool:
         """Whether the file has a row with these entries."""
-        return any(all(row[name] == value for name, value in key.items()) for row in self.record["rows"])
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.record["rows"])
 
     def run(self, method: Method, budget: str, seed: int) -> tuple[Outcome, float]:
         """What a method makes of the model, and the seconds that it took."""
@@ -123,7 +123,7 @@ def pairs(given: list[str]) -> dict[str, Any]:
 
 def seeds_table(record: dict[str, Any], split: str, column: str, values: list[Any], head: str) -> str:
     """The metric of every method at each value of a column: mean over seeds ± spread (largest minus smallest), in
-    points; one seed has no spread.
+    points; one seed has no spread. Rows of a method at one value have one setting: name others otherwise (`--suffix`).
 
     Args:
         record: a kept result.
@@ -142,7 +142,10 @@ def seeds_table(record: dict[str, Any], split: str, column: str, values: list[An
     for name in dict.fromkeys(row["method"] for row in rows):
         cells = []
         for value in values:
-            found = [100 * row[split] for row in rows if row["method"] == name and row[column] == value]
+            those = [row for row in rows if row["method"] == name and row[column] == value]
+            if any(row.get("set") != those[0].get("set") for row in those):
+                raise ValueError(f"Rows of '{name}' at {value} differ in their settings: they have no mean.")
+            found = [100 * row[split] for row in those]
             spread = f" ± {max(found) - min(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "–")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

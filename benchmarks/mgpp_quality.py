@@ -44,13 +44,13 @@ def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -
     sweep = Sweep.of(arguments.task, arguments.rows, path)
     weights = sum(weight.numel() for weight in prunable(sweep.model).values())
     for seed, name, percent in product(arguments.seeds, arguments.methods, arguments.sparsities):
-        row: dict[str, Any] = {"method": f"{name}{arguments.suffix}", "sparsity": percent, "seed": seed}
+        row: dict[str, Any] = {"method": f"{name}{arguments.suffix}", "sparsity": percent, "seed": seed, "set": common}
         method = Mgpp(**{**METHODS[name], **common})
         if sweep.has(**row) or (percent > 50 and method.pattern == "2:4"):
             continue
         outcome, seconds = sweep.run(method, f"sparsity>={percent}%", seed)
         reached = round(1 - (outcome.predicted or {})["map_params"] / weights, 6)
-        row |= {"set": common, "seconds": seconds, "reached": reached}
+        row |= {"seconds": seconds, "reached": reached}
         sweep.judge(outcome.model, row)
         sweep.keep(row)
 

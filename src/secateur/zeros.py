@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from secateur import hub
@@ -9,27 +10,38 @@ from secateur.edits import Slice, apply_edits
 from secateur.edits.slice import nonzero_units
 from secateur.edits.sparsify import sparsified
 from secateur.errors import SecateurError
-from secateur.sparsity.storage import Values
-from secateur.sparsity.weights import prunable
+from secateur.sparsity.storage import Values, encode
+from secateur.sparsity.weights import prunable, sparsity, stored_block
 
 
-def sparsify(model: PreTrainedModel, values: Values = "fp32", block: tuple[int, int] = (1, 1)) -> PreTrainedModel:
+def sparsify(model: PreTrainedModel, values: Values | None = None, block: tuple[int, int] = (1, 1)) -> PreTrainedModel:
     """Let `save_pretrained` store the zeros of a model's linear maps as bits.
 
     Args:
         model: a model of a known family, pruned by whatever means; it is changed in place.
-        values: how the other weights are stored: "fp32", "bf16" or "int8".
-        block: rows × columns that are zero together.
+        values: how the other weights are stored: "fp32", "bf16" or "int8"; "bf16" for a model in bfloat16 and "fp32"
+            for others if None.
+        block: outputs × inputs that are zero together.
 
     Returns:
         The same model.
 
     Raises:
-        SecateurError: none of its weights is zero.
+        SecateurError: none of its weights is zero, or too few are for a smaller file.
     """
     weights = prunable(model)
     if not any(bool((weight == 0).any()) for weight in weights.values()):
         raise SecateurError("No weight of the layers' maps is zero: prune the model first, or the file grows.")
+    name, weight = next(iter(weights.items()))
+    values = values or ("bf16" if weight.dtype == torch.bfloat16 else "fp32")
+    block = stored_block(model, name, block)
+    parts = [part for each in weights.values() for part in encode(each.detach(), values, block).values()]
+    dense = sum(each.nbytes for each in weights.values())
+    if (stored := sum(part.nbytes for part in parts)) >= dense:
+        raise SecateurError(
+            f"{sparsity(weights):.1%} of the weights are zero: with values in {values} the maps would take {stored:,} "
+            f"bytes instead of {dense:,}. Prune more, or leave the model as it is."
+        )
     hub.attach(model, [sparsified(weights, values, block)])
     return model
 

@@ -192,6 +192,33 @@ def test_rows_beyond_those_measured_are_multiplied_densely(faster: Callable[...,
     assert named == [None, "csr", "csr", "csr", None]
 
 
+def test_another_number_of_threads_multiplies_densely(faster: Callable[..., None]) -> None:
+    faster(csr=1.0)
+    model = sparse_model()
+    secateur.choose_kernels(model, rows=(64,))
+    owner = next(module for module in model.modules() if isinstance(module, SparseLinear))
+    x = torch.ones(3, owner.in_features)
+    with torch.inference_mode():
+        assert owner.kernel_for(x) == "csr"
+        torch.set_num_threads(2)
+        try:
+            assert owner.kernel_for(x) is None
+        finally:
+            torch.set_num_threads(1)
+
+
+def test_blocks_that_need_too_much_memory_are_not_tried(
+    faster: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = BlockKernel(torch.ones(8, 6), BLOCK)
+    assert kernel.workspace(5) == 6 * (4 + 2) * 5 * 4  # six blocks, float32
+    faster(block=1.0)
+    monkeypatch.setattr(choice, "WORKSPACE", 1)
+    (one, *_) = secateur.choose_kernels(sparse_model(), rows=(64,))
+    assert set(one.milliseconds[64]) == {"dense", "csr"}
+    assert one.kernels == {64: "dense"}
+
+
 def test_training_and_traces_stay_dense_and_later_weights_count(faster: Callable[..., None], tmp_path: Path) -> None:
     model, batch = sparse_model(), tiny_batch("bert")
     faster(dense=1.0, csr=0.5)

@@ -178,7 +178,8 @@ def hold_zeros(model: nn.Module, names: Collection[str] | None = None) -> list[R
         Handles: `remove()` lets the zeros go.
     """
     found = prunable(model)
-    masks = {name: weight.detach().ne(0) for name, weight in found.items() if names is None or name in names}
+    moving = {name: w for name, w in found.items() if w.requires_grad and (names is None or name in names)}
+    masks = {name: weight.detach().ne(0) for name, weight in moving.items()}
 
     def held(name: str, grad: Tensor) -> Tensor:
         masks[name] = masks[name].to(grad.device)  # a trainer may have moved the model in between

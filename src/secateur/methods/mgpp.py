@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from secateur.run import Job, Outcome
 from secateur.sparsity.groups import groups_of, kinds_of
 from secateur.sparsity.selection import Blocks, Units, pattern_of
 from secateur.sparsity.storage import Values
-from secateur.sparsity.weights import prunable, turned
+from secateur.sparsity.weights import prunable, stored_block
 from secateur.subnetwork import SubNetwork
 from secateur.train import Pruning, PruningSettings, Settings, bf16_pays
 from secateur.zeros import slice_zeros
@@ -87,7 +87,8 @@ class Mgpp(PruningSettings):
                     hub.attach(model, [sparsified(there, edit.values, edit.block)])
         else:
             pruned = prunable(model, self.weights)
-            hub.attach(model, [sparsified(pruned, self.values, self._block(model, next(iter(pruned))))])
+            block = stored_block(model, next(iter(pruned)), self._block)
+            hub.attach(model, [sparsified(pruned, self.values, block)])
         model.eval()
         left = float(sum(int(weight.count_nonzero()) for weight in prunable(model).values()))
         return Outcome(model, hub.edits_of(model), kept, predicted=job.costs(model) | {"map_params": left})
@@ -111,7 +112,8 @@ class Mgpp(PruningSettings):
         aim = self._aim(model, share)
         groups_of(model, prunable(model, self.weights, kinds_of(pattern)), pattern)
         steps = -(-rows // self.batch_size) * self.epochs
-        self.mixture(self.lr)
+        if self.prior:
+            self.mixture(self.lr)
         return {"steps": steps, "choices": self.schedule(aim, steps).choices}
 
     def _aim(self, model: PreTrainedModel, share: float) -> float:
@@ -122,8 +124,10 @@ class Mgpp(PruningSettings):
         """
         pattern = pattern_of(self.pattern)
         weights = prunable(model, self.weights, kinds_of(pattern))
-        count = sum(weight.numel() for weight in weights.values())
-        wanted = share * sum(weight.numel() for weight in prunable(model).values()) / count
+        count, everything = (sum(w.numel() for w in each.values()) for each in (weights, prunable(model)))
+        wanted = (share * everything - _held(model, weights)) / count
+        if wanted <= 0:
+            raise InvalidBudget(f"sparsity>={share:g} is met by the zeros that other weights keep: ask for more.")
         most = pattern.most if pattern.most < 1 else 1 - self.floor
         if wanted > most + 1e-9:
             nearest = math.floor(1e4 * share * most / wanted) / 1e4
@@ -135,12 +139,11 @@ class Mgpp(PruningSettings):
             return min(wanted, most)
         return min(wanted + 2 * pattern.size / count, most)  # the unit at the threshold stays: one more is asked for
 
-    def _block(self, model: PreTrainedModel, name: str) -> tuple[int, int]:
-        """Rows and columns that are zero together in the weights as they are stored."""
+    @property
+    def _block(self) -> tuple[int, int]:
+        """Outputs and inputs that are zero together."""
         pattern = pattern_of(self.pattern)
-        if not isinstance(pattern, Blocks):
-            return 1, 1
-        return (pattern.columns, pattern.rows) if turned(model, name) else (pattern.rows, pattern.columns)
+        return (pattern.rows, pattern.columns) if isinstance(pattern, Blocks) else (1, 1)
 
     def _train(self, model: PreTrainedModel, job: Job, pruning: Pruning) -> dict[str, Tensor]:
         """Weights after the training that prunes."""
@@ -158,3 +161,9 @@ class Mgpp(PruningSettings):
             eps=self.eps,
         )
         return job.trained(model, settings, [pruning], job.distillation(self.distill))
+
+
+def _held(model: PreTrainedModel, weights: Collection[str]) -> int:
+    """Zeros of an earlier run that stay, because other weights are asked for."""
+    names = {name for edit in hub.edits_of(model) if isinstance(edit, Sparsify) for name in edit.kept} - set(weights)
+    return sum(int((weight == 0).sum()) for name, weight in prunable(model).items() if name in names)

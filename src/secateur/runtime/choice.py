@@ -18,7 +18,7 @@ from secateur.costs.timers import Timing, pass_of, sample, summarise
 from secateur.edits import Sparsify
 from secateur.errors import SecateurError
 from secateur.hub import edits_of
-from secateur.sparsity.kernels import KernelName, kernel_of
+from secateur.sparsity.kernels import BlockKernel, KernelName, kernel_of
 from secateur.sparsity.linear import SparseLinear, drop_kernels, plain, plan_kernels
 from secateur.sparsity.weights import owner_of, prunable, sparsity
 
@@ -28,6 +28,7 @@ MODEL_GAIN = 0.98  # and so much faster the model as a whole
 MODEL_TOKENS = 32  # of an example, when it is measured
 MODEL_SECONDS = 0.3  # for that, at each number of rows
 LEAST_SPARSITY = 0.5
+WORKSPACE = 1 << 28  # bytes: blocks that need more besides are not tried
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _measured(maps: dict[str, nn.Linear], block: tuple[int, int], rows: Sequence
         for count in rows:
             x = torch.randn(count, weight.shape[1])
             runners: dict[str, Callable[[], object]] = {"dense": partial(nn.functional.linear, x, weight, bias)}
-            runners |= {name: partial(kernel, x, bias) for name, kernel in built.items()}
+            small = {n: k for n, k in built.items() if not isinstance(k, BlockKernel) or k.workspace(count) < WORKSPACE}
+            runners |= {name: partial(kernel, x, bias) for name, kernel in small.items()}
             found = {name: median(durations) for name, durations in sample(runners, seconds, 5).items()}
             fastest = min(found, key=found.__getitem__)
             times[count], kernels[count] = found, fastest if found[fastest] < MAP_GAIN * found["dense"] else "dense"

@@ -52,6 +52,11 @@ class BlockKernel:
         self.source, self.target = there % across, there // across
         self.inputs, self.outputs = across, weight.shape[0] // rows
 
+    def workspace(self, rows: int) -> int:
+        """Bytes that it needs besides, for so many rows of input."""
+        blocks, high, wide = self.values.shape
+        return blocks * (high + wide) * rows * self.values.element_size()
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         parts = x.t().reshape(self.inputs, -1, len(x))[self.source]
         out = x.new_zeros(self.outputs, self.values.shape[1], len(x))

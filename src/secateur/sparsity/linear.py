@@ -17,12 +17,14 @@ class SparseLinear(nn.Linear):
 
     Its parameters stay dense, so that it is saved and trained like any other. While gradients are on, under autocast,
     when traced, or with more rows than were measured, it is an `nn.Linear`. Kernels are built anew after the weight
-    changed or gradients were on; a write through `weight.data` alone is not seen.
+    changed or gradients were on; a write through `weight.data` alone, or to a weight that was made under
+    `torch.inference_mode()`, is not seen. With another number of threads than was measured it is an `nn.Linear` too.
     """
 
     plan: dict[float, str]
     block: tuple[int, int]
     planned_shape: tuple[int, ...]
+    threads: int
     built: tuple[object, dict[KernelName, Kernel]]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -60,6 +62,8 @@ class SparseLinear(nn.Linear):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
         if traced or torch.is_autocast_enabled("cpu") or self.weight.shape != self.planned_shape:
             return None
+        if torch.get_num_threads() != self.threads:
+            return None
         return cast(KernelName, chosen)
 
 
@@ -72,7 +76,8 @@ def plan_kernels(linear: nn.Linear, plan: dict[float, str], block: tuple[int, in
         block: rows × columns of its blocks.
     """
     linear.__class__ = SparseLinear
-    linear.__dict__ |= {"plan": plan, "block": block, "planned_shape": tuple(linear.weight.shape), "built": (None, {})}
+    shape, threads = tuple(linear.weight.shape), torch.get_num_threads()
+    linear.__dict__ |= {"plan": plan, "block": block, "planned_shape": shape, "threads": threads, "built": (None, {})}
 
 
 def drop_kernels(model: nn.Module) -> None:
@@ -80,7 +85,7 @@ def drop_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SparseLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
-            for key in ("plan", "block", "planned_shape", "built"):
+            for key in ("plan", "block", "planned_shape", "threads", "built"):
                 del module.__dict__[key]
 
 

@@ -272,8 +272,8 @@ def _without(units: Sequence[Tensor], k: int) -> list[Tensor]:
     for unit, mask in zip(units, masks, strict=True):
         if more <= 0:
             break
-        at = (unit == tau).flatten().nonzero()[:more, 0]
-        mask.view(-1)[at] = False
+        at = (unit == tau).nonzero()[:more]
+        mask[tuple(at.T)] = False  # of any strides: weights may be transposed
         more -= len(at)
     return masks
 

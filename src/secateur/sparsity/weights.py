@@ -19,6 +19,7 @@ def prunable(
 
     No biases, norms, embeddings, pooler or head, and none of blocks that lost all their units.
     12·(4·768² + 2·768·3072) = 84,934,656 weights in BERT-base.
+    DeBERTa-v2 has its maps of positions besides, if they are not shared with those of the words.
 
     Args:
         model: a model of a known family.
@@ -40,6 +41,8 @@ def prunable(
         if _is_map(module)
     }
     named = {name: p for name, p in base_of(model)[0].named_parameters() if id(p) in inside and p.numel()}
+    if not named:
+        raise SecateurError(f"The model has no {' and '.join(sorted(kinds))} whose weights could go.")
     found = {name: p for name, p in named.items() if wanted.search(name)}
     if not found:
         raise SecateurError(f"The pattern '{pattern}' matches no weight; there are such as {next(iter(named))}.")
@@ -62,6 +65,11 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def turned(model: nn.Module, name: str) -> bool:
     """Whether a map stores its weight as (in, out), as `Conv1D` does."""
     return axis(owner_of(model, name)[0], "out") == 1
+
+
+def stored_block(model: nn.Module, name: str, block: tuple[int, int]) -> tuple[int, int]:
+    """Rows × columns of a block of (out, in) in a map's weight as it is stored."""
+    return block[::-1] if turned(model, name) else block
 
 
 def sparsity(weights: Mapping[str, Tensor]) -> float:

@@ -1,10 +1,11 @@
 """Training: the loop, its losses, and the verb `finetune`."""
 
+from secateur.sparsity.settings import PruningSettings
 from secateur.train.binarizing import KeepBest, LatentWeights
 from secateur.train.finetuning import finetune
 from secateur.train.loop import BucketTrainer, CompressionTrainer, Settings, bf16_pays, fit, last_checkpoint
 from secateur.train.losses import Objective, distilled, imitated, output_distance
-from secateur.train.pruning import Pruning, PruningSettings
+from secateur.train.pruning import Pruning
 
 __all__ = [
     "BucketTrainer",

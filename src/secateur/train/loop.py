@@ -28,14 +28,15 @@ from transformers.utils import logging as transformers_logging
 from secateur.bits.modules import quantizers
 from secateur.edits import Sparsify
 from secateur.edits.sparsify import hold_zeros
-from secateur.errors import InvalidModel
 from secateur.hub import edits_of
 from secateur.progress import Advance
 from secateur.progress import progress as show_progress
 from secateur.sparsity.selection import Units
+from secateur.sparsity.weights import prunable
 from secateur.tasks.batching import BucketSampler, Encoded, encode, token_limit
 from secateur.tasks.task import Task
 from secateur.train.binarizing import LatentWeights
+from secateur.train.finite import StopsWhenDiverged, check_finite, diverged
 from secateur.train.losses import Objective
 from secateur.train.pruning import Pruning
 
@@ -128,7 +129,7 @@ def fit(
         with _dropout(model, settings.dropout), _zeros_held(model, callbacks):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     _without_autocast(model)
-    _check_finite(model)
+    check_finite(model, steps)
     model.eval()
 
 
@@ -163,7 +164,7 @@ class CompressionTrainer(Trainer):
         scale_lr: float | None = None,
         **kwargs: Any,
     ) -> None:
-        first = [LatentWeights()] if pruning is None else [LatentWeights(), pruning]
+        first = [StopsWhenDiverged(), LatentWeights(), *([] if pruning is None else [pruning])]
         kwargs["callbacks"] = [*first, *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
         self.scale_lr = scale_lr
@@ -185,7 +186,7 @@ class CompressionTrainer(Trainer):
         else:
             found = self.objective(model, inputs)
         if not bool((found[0] if isinstance(found, tuple) else found).isfinite().all()):
-            raise _diverged(self.state.global_step)
+            raise diverged(self.state.global_step)
         return found
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -255,8 +256,8 @@ class _Checkpoints(TrainerCallback):
     ) -> None:
         """Ask for a checkpoint if the last one is old, except after the last step, and never of a diverged model."""
         if time.monotonic() - self.last >= self.seconds and state.global_step < state.max_steps:
-            if model is not None and not all(bool(p.isfinite().all()) for p in model.parameters()):
-                raise _diverged(state.global_step)
+            if model is not None:
+                check_finite(model, state.global_step)
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -285,10 +286,6 @@ class _Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report the step."""
         self.advance(state.global_step, self.note)
-
-
-def _diverged(step: int) -> InvalidModel:
-    return InvalidModel(f"training diverged at step {step}: lower lr (--lr), or turn bf16 off")
 
 
 def _arguments(folder: Path, settings: Settings) -> TrainingArguments:
@@ -320,11 +317,12 @@ def _arguments(folder: Path, settings: Settings) -> TrainingArguments:
 
 @contextmanager
 def _zeros_held(model: nn.Module, callbacks: Sequence[TrainerCallback]) -> Iterator[None]:
-    """Keep the zeros of a sparse model, unless other ones are chosen; heads and neurons that go leave them alone."""
-    sparse = [edit for edit in edits_of(model) if isinstance(edit, Sparsify)]
-    pruned = any(isinstance(one, Pruning) and not isinstance(one.pattern, Units) for one in callbacks)
-    names = {name for edit in sparse for name in edit.kept}
-    handles = hold_zeros(model, names) if names and not pruned else []
+    """Keep the zeros of a sparse model where no other ones are chosen; heads and neurons that go leave them alone."""
+    names = {name for edit in edits_of(model) if isinstance(edit, Sparsify) for name in edit.kept}
+    for one in callbacks:
+        if isinstance(one, Pruning) and not isinstance(one.pattern, Units):
+            names -= set(prunable(model, one.settings.weights))
+    handles = hold_zeros(model, names) if names else []
     try:
         yield
     finally:
@@ -352,12 +350,6 @@ def _without_autocast(model: nn.Module) -> None:
         del model.__dict__["forward"]
         if usual.__func__ is not type(model).forward:
             model.forward = usual
-
-
-def _check_finite(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise InvalidModel(f"training diverged ({name} is not finite): lower lr, or turn bf16 off")
 
 
 @contextmanager

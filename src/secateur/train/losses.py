@@ -33,12 +33,15 @@ def distilled(teacher: PreTrainedModel, weight: float, temperature: float = 2.0)
 
     def objective(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         found = model(**batch)
-        if teacher.device != found.logits.device:
-            teacher.to(found.logits.device)
+        device = _logits(found)[0].device
+        if teacher.device != device:
+            nn.Module.to(teacher, device)
+        decodes = teacher.config.is_encoder_decoder  # what it reads follows from the labels
         with torch.no_grad():
-            wanted = teacher(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-        logits, wanted = _counted(found.logits, wanted, batch)
-        loss: torch.Tensor = (1 - weight) * found.loss + weight * output_distance(logits, wanted, temperature)
+            wanted = teacher(**{name: tensor for name, tensor in batch.items() if decodes or name != "labels"})
+        pairs = [_counted(*pair, batch) for pair in zip(_logits(found), _logits(wanted), strict=True)]
+        distance = torch.stack([output_distance(*pair, temperature) for pair in pairs]).mean()
+        loss: torch.Tensor = (1 - weight) * found.loss + weight * distance
         return loss
 
     return objective
@@ -92,6 +95,8 @@ def _logits(outputs: Any) -> list[torch.Tensor]:
     """A head's outputs: one tensor, or where an answer starts and where it ends."""
     if hasattr(outputs, "start_logits"):
         return [outputs.start_logits, outputs.end_logits]
+    if not hasattr(outputs, "logits"):
+        raise SecateurError("The model's outputs have no logits to compare with a teacher's: give a loss of your own.")
     return [outputs.logits]
 
 

@@ -6,99 +6,29 @@ in the score of a weight, and MGPP adds the pull of its prior to the gradient.
 
 from __future__ import annotations
 
+import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from secateur.checks import check_fields, check_shares
 from secateur.errors import InvalidData, SecateurError
 from secateur.sparsity.groups import groups_of, kinds_of
-from secateur.sparsity.prior import MixturePrior, spike_for
-from secateur.sparsity.schedule import CubicSchedule, annealed_slab, annealed_strength
+from secateur.sparsity.prior import MixturePrior
+from secateur.sparsity.schedule import annealed_slab, annealed_strength
 from secateur.sparsity.selection import pattern_of
+from secateur.sparsity.settings import PruningSettings
 from secateur.sparsity.weights import prunable, sparsity
+from secateur.train.finite import check_finite
 
-Score = Literal["magnitude", "platon", "movement"]
 STATE = "pruning.safetensors"
 FEW = 10  # choices: with fewer a warning
-RATES = 1.5  # w* over the peak learning rate; 1 to 3 in the authors' settings
-
-
-@dataclass
-class PruningSettings:
-    """What decides which weights go.
-
-    Attributes:
-        score: what weights are ranked by: "magnitude"; "platon" (Zhang et al., ICML 2022), the averaged |w·gradient|
-            times its uncertainty; "movement" (Sanh et al., NeurIPS 2020), how much training moves a weight away from
-            zero.
-        prior: whether MGPP's prior pulls on the weights; without it a score is the published method of that name.
-        pattern: what goes together: "1x1" (single weights), blocks such as "16x4", "2:4", or whole "heads", "neurons"
-            or "units" (both), which can be cut out afterwards (`slice_zeros`).
-        weights: regular expression of parameter names; the linear maps of all layers if None.
-        floor: share of each matrix that stays in any case.
-        initial: sparsity at the first choice.
-        before: share of the steps before the first choice.
-        after: share of the steps after the last choice, with the mask as it is.
-        interval: steps between choices.
-        slab_share: λ of the prior: probability of the slab.
-        slab_last: share of λ that annealing ends at.
-        spike: v0, variance of the spike; None takes the one whose w* is 1.5 times the peak learning rate, so that the
-            prior holds weights at zero whatever the rate.
-        slab: v1, variance of the slab.
-        anneal: "slab" lowers λ while pruning, "strength" raises the prior before pruning starts, or "none".
-        memory: β1 of "platon".
-        doubt: β2 of "platon".
-    """
-
-    score: Score = "magnitude"
-    prior: bool = True
-    pattern: str = "1x1"
-    weights: str | None = None
-    floor: float = 0.01
-    initial: float = 0.3
-    before: float = 0.1
-    after: float = 0.1
-    interval: int = 10
-    slab_share: float = 0.1
-    slab_last: float = 0.001
-    spike: float | None = None
-    slab: float = 0.1
-    anneal: Literal["slab", "strength", "none"] = "slab"
-    memory: float = 0.85
-    doubt: float = 0.95
-
-    name: ClassVar[str] = "pruning"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_shares(self, "floor", "initial", "before", "after", "slab_last", "memory", "doubt")
-        if self.slab_last == 0:
-            raise SecateurError(f"{self.name}: slab_last is above 0: the slab keeps a share.")
-        if self.before + self.after >= 1:
-            raise SecateurError(f"{self.name}: before and after leave no room to prune: together they are below 1.")
-        pattern_of(self.pattern)
-        self.mixture(5e-5)
-
-    def schedule(self, final: float, steps: int) -> CubicSchedule:
-        """The schedule of a run of so many steps.
-
-        Raises:
-            SecateurError: there is no room for it.
-        """
-        end = steps - 1 - int(self.after * steps)
-        return CubicSchedule(int(self.before * steps), end, self.interval, min(self.initial, final), final)
-
-    def mixture(self, lr: float, slab_share: float | None = None, group: int = 1) -> MixturePrior:
-        """The prior of a group of weights, with a peak learning rate and a probability of the slab; λ if None."""
-        spike = spike_for(RATES * lr, self.slab_share, self.slab) if self.spike is None else self.spike
-        return MixturePrior(self.slab_share if slab_share is None else slab_share, spike, self.slab, group)
 
 
 class Pruning(TrainerCallback):
@@ -111,12 +41,14 @@ class Pruning(TrainerCallback):
     Args:
         final: the sparsity to end at, of the weights that can go.
         settings: what decides which go.
-        examples: N, the number of training examples, which the prior is divided by; that of the trainer's data if None.
+        examples: N, the number of training examples, which the prior is divided by; that of the trainer's data if None,
+            at each start.
         checkpoint: the folder that training is resumed from, if it is not one of the trainer's own `output_dir`.
 
     Attributes:
-        history: at each choice the step, the sparsity reached, the share of weights below the prior's threshold w*, and
-            w* over the learning rate: below 1, the prior cannot hold weights at zero.
+        history: at each choice the step; the sparsity of the masks, of all weights and of the matrices with the least
+            and the most; the share of weights, or of weights in groups, below the prior's threshold w*; and w* over the
+            learning rate: below 1, the prior cannot hold weights at zero.
     """
 
     def __init__(
@@ -162,6 +94,7 @@ class Pruning(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         train_dataloader: Any = None,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
         """Find the weights and the schedule; go on where a checkpoint was written."""
@@ -169,15 +102,12 @@ class Pruning(TrainerCallback):
             raise SecateurError("Pruning needs the model in training: use it with a Trainer.")
         self._check_trainer(args)
         self._reset()
-        if self.examples is None and self.settings.prior:
-            rows: Any = getattr(train_dataloader, "dataset", None)
-            if not hasattr(rows, "__len__"):
-                raise InvalidData("The prior is divided by the number of training examples: give Pruning(examples=).")
-            self.examples = len(rows)
-        if self.examples is not None and self.examples < 1:
-            raise InvalidData("Pruning while training needs training rows: there are none.")
-        self.scaled, self.lr = bool(args.fp16), args.learning_rate
+        self.count = self._count(train_dataloader) if self.settings.prior else 0
+        self.scaled = bool(args.fp16)
         self.parameters = prunable(model, self.settings.weights, kinds_of(self.pattern))
+        if frozen := [name for name, parameter in self.parameters.items() if not parameter.requires_grad]:
+            raise SecateurError(f"{frozen[0]} is frozen: train it too, or leave it out (weights, or pattern).")
+        self.lr = _peak(optimizer, self.parameters.values(), args.learning_rate)
         self.groups = groups_of(model, self.parameters, self.pattern)
         self.schedule = self.settings.schedule(self.final, state.max_steps)
         if self.schedule.choices < FEW:
@@ -189,6 +119,16 @@ class Pruning(TrainerCallback):
         self.begun = int(self.settings.before * state.max_steps)
         if state.global_step > 0:
             self._resume(Path(self.checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}") / STATE)
+
+    def _count(self, loader: Any) -> int:
+        """N: as given, or the rows of the trainer's data."""
+        rows: Any = getattr(loader, "dataset", None)
+        if self.examples is None and not hasattr(rows, "__len__"):
+            raise InvalidData("The prior is divided by the number of training examples: give Pruning(examples=).")
+        count = len(rows) if self.examples is None else self.examples
+        if count < 1:
+            raise InvalidData("Pruning while training needs training rows: there are none.")
+        return count
 
     def _check_trainer(self, args: TrainingArguments) -> None:
         """Refuse what would give another result than asked for."""
@@ -229,14 +169,14 @@ class Pruning(TrainerCallback):
     def _pull(self, step: int) -> None:
         """Add the prior's gradient over N."""
         strength = annealed_strength(0, self.begun, step) if self.settings.anneal == "strength" else 1.0
-        if strength == 0 or self.examples is None:
+        if strength == 0:
             return
         squares = self.groups.squares({name: parameter.detach() for name, parameter in self.parameters.items()})
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 size = squares(name)  # half precision is computed in float32, where w² does not vanish
                 precision = self.prior_at(step, name).precision(parameter.float().square() if size is None else size)
-                parameter.grad.addcmul_(parameter, precision, value=strength / self.examples)
+                parameter.grad.addcmul_(parameter, precision, value=strength / self.count)
 
     def prior_at(self, step: int, name: str) -> MixturePrior:
         """The prior of a matrix's weights at a step."""
@@ -264,11 +204,19 @@ class Pruning(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         """Choose weights, if it is time, and set them to zero."""
         step = state.global_step
-        if self.schedule.chooses(step):
+        if self.schedule.chooses(step) and self._scored(step):
+            if model is not None:
+                check_finite(model, step + 1)
             scores = {name: self._score(name) for name in self.parameters}
             self._masks = self.groups.choose(scores, self.schedule.sparsity(step), self.settings.floor)
             if self.settings.score != "movement" or step == self.schedule.end:
@@ -276,6 +224,18 @@ class Pruning(TrainerCallback):
             self.history.append(self._look(step, optimizer))
         elif step > self.schedule.end:
             self._apply()
+
+    def _scored(self, step: int) -> bool:
+        """Whether there are scores: steps that overflow in fp16 give none, and the next choice is waited for.
+
+        Raises:
+            SecateurError: there are none for the last choice.
+        """
+        kinds = {"magnitude": (), "platon": ("mean", "doubt"), "movement": ("score",)}[self.settings.score]
+        found = all(f"{name}|{kind}" in self._state for name in self.parameters for kind in kinds)
+        if not found and step == self.schedule.end:
+            raise SecateurError("No step had finite gradients, so that no weight has a score: lower the learning rate.")
+        return found
 
     def _score(self, name: str) -> Tensor:
         if self.settings.score == "movement":
@@ -290,21 +250,22 @@ class Pruning(TrainerCallback):
             self.parameters[name].masked_fill_(~mask, 0)
 
     def _look(self, step: int, optimizer: Any) -> dict[str, float]:
-        found = {"step": step, "sparsity": round(sparsity(self._masks), 6)}
+        each = [sparsity({name: mask}) for name, mask in self._masks.items()]
+        found = {"step": step, "sparsity": sparsity(self._masks), "sparsity_least": min(each)}
+        found["sparsity_most"] = max(each)
         if self.settings.prior:
-            limits = {name: self._limit(step, name) for name in self.parameters}
-            total = sum(p.numel() for p in self.parameters.values())
-            inside = sum(int((p.detach().abs() < limits[name]).sum()) for name, p in self.parameters.items())
-            found["in_spike"] = round(inside / total, 6)
-            rates = [group["lr"] for group in getattr(optimizer, "param_groups", ())]
-            if rates and max(rates) > 0:
-                found["spike_over_lr"] = round(max(limits.values()) / max(rates), 3)
-        return found
-
-    def _limit(self, step: int, name: str) -> float:
-        """w* of a single weight; of a group, that of the root of its mean square."""
-        prior = self.prior_at(step, name)
-        return prior.threshold / prior.group**0.5
+            priors = {name: self.prior_at(step, name) for name in self.parameters}
+            weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+            squares, inside = self.groups.squares(weights), 0
+            for name, weight in weights.items():
+                size = squares(name)
+                below = (weight.float().square() if size is None else size) < priors[name].threshold ** 2
+                inside += int(below.expand(weight.shape).sum())
+            found["in_spike"] = inside / sum(weight.numel() for weight in weights.values())
+            rate = max((group["lr"] for group in getattr(optimizer, "param_groups", ())), default=0)
+            if rate > 0:  # of a group: w* of the root of its mean square
+                found["spike_over_lr"] = max(p.threshold / p.group**0.5 for p in priors.values()) / rate
+        return {key: round(value, 6) for key, value in found.items()}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -314,19 +275,35 @@ class Pruning(TrainerCallback):
             if kept is not None:
                 kept |= self.last
 
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Stop before a checkpoint that is not finite takes the place of a good one."""
+        if model is not None and control.should_save:
+            check_finite(model, state.global_step)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep scores and masks beside a checkpoint."""
+        """Keep scores, masks and history beside a checkpoint."""
         if state.is_world_process_zero:
             masks = {f"{name}|mask": mask for name, mask in self._masks.items()}
             kept = {name: tensor.contiguous() for name, tensor in (self._state | masks).items()}
-            save_file(kept, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE)
+            file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE
+            save_file(kept, file, {"history": json.dumps(self.history)})
 
     def _resume(self, file: Path) -> None:
         if not file.is_file():
             raise SecateurError(
                 f"{file.parent} holds no pruning to go on with: name the folder, Pruning(checkpoint=), or start anew."
             )
-        for key, tensor in load_file(file).items():
+        with safe_open(file, "pt") as kept:
+            self.history = json.loads((kept.metadata() or {}).get("history", "[]"))
+            found = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118 - no mapping
+        for key, tensor in found.items():
             name, _, kind = key.rpartition("|")
             tensor = tensor.to(self.parameters[name].device)
             if kind == "mask":
@@ -334,13 +311,37 @@ class Pruning(TrainerCallback):
             else:
                 self._state[key] = tensor
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         """Set the chosen weights to zero once more, and check."""
         self._apply()
+        if model is not None:
+            check_finite(model, state.global_step)
         reached, total = sparsity(self.parameters), sum(weight.numel() for weight in self.parameters.values())
-        if state.global_step == state.max_steps and reached < self.final - 3 * self.groups.largest / total:
-            raise SecateurError(f"Training ended at a sparsity of {reached:.6f} instead of {self.final:g}.")
+        if reached >= self.final - 3 * self.groups.largest / total:
+            return
+        ended = f"Training ended at a sparsity of {reached:.6f} instead of {self.final:g}"
+        if state.global_step == state.max_steps:
+            raise SecateurError(f"{ended}.")
+        warnings.warn(
+            f"{ended}: it stopped after {state.global_step} of {state.max_steps} steps, and weights are chosen up to "
+            f"step {self.schedule.end}. Resume it, or plan fewer steps.",
+            stacklevel=2,
+        )
 
     def sparsities(self) -> dict[str, float]:
         """Share of zeros of each matrix."""
         return {name: sparsity({name: parameter}) for name, parameter in self.parameters.items()}
+
+
+def _peak(optimizer: Any, parameters: Iterable[nn.Parameter], usual: float) -> float:
+    """The peak learning rate of the optimiser that moves some parameters: before any schedule scaled it."""
+    mine = {id(parameter) for parameter in parameters}
+    groups = [g for g in getattr(optimizer, "param_groups", ()) if any(id(p) in mine for p in g["params"])]
+    return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=usual)
