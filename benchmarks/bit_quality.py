@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "single step, from labels": {"through": None, "distill": False},
     "single step, words in int8": {"through": None, "embeddings": "int8"},
     "single step, a scale for each row": {"through": None, "rows": True},
-    "single step, calibrated by search": {"through": None, "calibration": "search"},
+    "single step, calibrated by the mean": {"through": None, "calibration": "mean"},
     "single step, replaced words": {"through": None, "augment": 1},
     f"single step, {RELEASED}": {"through": None},
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,26 @@ def _perplexity(value: float) -> str:
     return f"{value:.1f}" if value < 10_000 else "over 10,000"
 
 
-def mgpp_quality() -> str:
-    """Metric against sparsity."""
-    records = [record for task in ("stsb", "sst2") if (record := results(f"mgpp_quality_{task}"))]
+def trained(method: str, column: str, head: str) -> str:
+    """Metric against a column of the rows, on each task and split."""
     tables = []
-    for record in records:
-        columns = sorted({row["sparsity"] for row in record["rows"]})
-        tables += [seeds_table(record, split, "sparsity", columns, "{:g} %") for split in SPLITS]
+    for task in ("stsb", "sst2"):
+        if record := results(f"{method}_quality_{task}"):
+            columns = sorted({row[column] for row in record["rows"]})
+            tables += [seeds_table(record, split, column, columns, head) for split in SPLITS]
     return "\n\n".join(tables)
+
+
+def bit_start() -> str:
+    """How far 1-bit models are from their teacher after few steps."""
+    rows = (results("bit_start") or {"rows": []})["rows"]
+    lines = ["| settings | optimiser | loss of the last steps | metric |", "|---" * 4 + "|"]
+    for row in rows:
+        chosen = ", ".join(f"{key}={value}" for key, value in row["set"].items())
+        metric = next(value for key, value in row.items() if key in ("spearman", "accuracy"))
+        optimiser = "released" if row["released optimiser"] else "AdamW"
+        lines.append(f"| `{chosen}` | {optimiser} | {row['loss']:.2f} | {100 * metric:.1f} |")
+    return "\n".join(lines)
 
 
 def mgpp_latency() -> str:
@@ -124,7 +137,8 @@ def mgpp_latency() -> str:
     lines.append("|---" * (len(cases) + 2) + "|")
     for key in dict.fromkeys((row["shape"], row["zeros"], row["sparsity"]) for row in rows):
         found = {(r["batch"], r["tokens"]): r for r in rows if (r["shape"], r["zeros"], r["sparsity"]) == key}
-        cells = [f"{found[c]['dense ms']:.0f} → {found[c]['sparse ms']:.0f} ({found[c]['ratio']:.2f})" for c in cases]
+        each = [found[case] for case in cases]
+        cells = [f"{r['dense ms']:.0f} → {r['sparse ms']:.0f} ({r['ratio']:.2f}; {r['not dense']})" for r in each]
         lines.append(f"| {key[0]} | {key[1]}, {key[2]} % | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -137,7 +151,8 @@ BLOCKS = {
         "latency": late_latency,
         "decoder": late_decoder,
     },
-    "methods/mgpp.md": {"quality": mgpp_quality, "latency": mgpp_latency},
+    "methods/mgpp.md": {"quality": partial(trained, "mgpp", "sparsity", "{:g} %"), "latency": mgpp_latency},
+    "methods/bit.md": {"quality": partial(trained, "bit", "bits", "A{:g}"), "start": bit_start},
 }
 
 

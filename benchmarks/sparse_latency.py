@@ -45,6 +45,11 @@ def sparse(shape: str, blocks: Blocks, share: float) -> Any:
     return secateur.sparsify(model, block=(blocks.rows, blocks.columns))
 
 
+def kernel_at(kernels: dict[int, str], rows: int) -> str:
+    """What is taken for a number of rows."""
+    return next((name for most, name in kernels.items() if rows <= most), "dense")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
@@ -67,6 +72,9 @@ def main() -> None:
                     row |= {"threads": arguments.threads}
                     row |= {f"{kind} ms": round(timing.median, 2) for kind, timing in found.items()}
                     row["ratio"] = round(found["sparse"].median / found["dense"].median, 3)
+                    row["not dense"] = sum(  # maps that take a kernel at so many rows
+                        len(one.maps) for one in taken if kernel_at(one.kernels, batch * tokens) != "dense"
+                    )
                     row["p90 ratio"] = round(found["sparse"].p90 / found["dense"].p90, 3)
                     rows = [r for r in rows if any(r[key] != row[key] for key in list(row)[:6])] + [row]
                     print(json.dumps(row), flush=True)

@@ -26,7 +26,7 @@ def binarize(
     rows: bool = False,
     two_sets: bool = True,
     relu: bool = True,
-    calibration: Estimate = "mean",
+    calibration: Estimate = "search",
 ) -> PreTrainedModel:
     """Give a model 1-bit weights and activations of few bits, in place; it is to be trained afterwards.
 

@@ -131,10 +131,10 @@ def test_what_is_binary_stays_as_it_is(rows: bool) -> None:
 
 def test_first_scales() -> None:
     x = torch.tensor([-1.0, 0.0, 0.5, 0.5])  # mean |x| = ½
-    assert float(first_alpha(x, Levels(1, True))) == 1.0
-    assert float(first_alpha(x.abs(), Levels(1, False))) == 2.0
-    assert float(first_alpha(x, Levels(4, True))) == pytest.approx(1 / math.sqrt(7))
-    assert float(first_alpha(x.abs(), Levels(2, False))) == pytest.approx(2 / math.sqrt(3))
+    assert float(first_alpha(x, Levels(1, True), "mean")) == 1.0
+    assert float(first_alpha(x.abs(), Levels(1, False), "mean")) == 2.0
+    assert float(first_alpha(x, Levels(4, True), "mean")) == pytest.approx(1 / math.sqrt(7))
+    assert float(first_alpha(x.abs(), Levels(2, False), "mean")) == pytest.approx(2 / math.sqrt(3))
     assert float(first_alpha(x, Levels(1, True), "analytic")) == 0.5
     assert float(first_alpha(x.abs(), Levels(1, False), "analytic")) == pytest.approx(2 / 3)  # of 1, ½ and ½
     assert float(first_alpha(torch.full((4,), 0.1), Levels(1, False), "analytic")) == pytest.approx(0.4)  # as "mean"
@@ -148,7 +148,7 @@ def test_first_scales() -> None:
 
     best = float(first_alpha(x, Levels(4, True), "search"))
     assert all(error(best) <= error(other) for other in (0.1, 0.2, 0.3, 0.5, 1.0))
-    assert float(first_alpha(torch.zeros(3), Levels(1, True))) == pytest.approx(1e-5)
+    assert float(first_alpha(torch.zeros(3), Levels(1, True), "mean")) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 127, 768])

@@ -204,7 +204,7 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Sequence[dict[str, Tensor]], how: Estimate = "mean") -> None:
+def calibrate(model: nn.Module, batches: Sequence[dict[str, Tensor]], how: Estimate = "search") -> None:
     """Choose every α by what reaches it in some batches, from the input on; shifts stay as they are.
 
     Args:

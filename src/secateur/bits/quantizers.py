@@ -158,7 +158,7 @@ class _Through(torch.autograd.Function):
         return grad / scale, None, None
 
 
-def first_alpha(x: Tensor, levels: Levels, how: Estimate = "mean") -> Tensor:
+def first_alpha(x: Tensor, levels: Levels, how: Estimate) -> Tensor:
     """α to begin with, from a sample of activations.
 
     Args:

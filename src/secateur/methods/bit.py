@@ -61,7 +61,7 @@ class Bit:
     rows: bool = False
     two_sets: bool = True
     relu: bool = True
-    calibration: Estimate = "mean"
+    calibration: Estimate = "search"
     elastic: bool = True
     distill: bool = True
     augment: int | None = None
