@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from transformers import PreTrainedModel
 
@@ -27,7 +29,7 @@ def sparsify(model: PreTrainedModel, values: Values | None = None, block: tuple[
         The same model.
 
     Raises:
-        SecateurError: none of its weights is zero, or too few are for a smaller file.
+        SecateurError: none of its weights is zero. Too few for a smaller file give a warning.
     """
     weights = prunable(model)
     if not any(bool((weight == 0).any()) for weight in weights.values()):
@@ -38,9 +40,10 @@ def sparsify(model: PreTrainedModel, values: Values | None = None, block: tuple[
     parts = [part for each in weights.values() for part in encode(each.detach(), values, block).values()]
     dense = sum(each.nbytes for each in weights.values())
     if (stored := sum(part.nbytes for part in parts)) >= dense:
-        raise SecateurError(
-            f"{sparsity(weights):.1%} of the weights are zero: with values in {values} the maps would take {stored:,} "
-            f"bytes instead of {dense:,}. Prune more, or leave the model as it is."
+        warnings.warn(
+            f"{sparsity(weights):.1%} of the weights are zero: with values in {values} the maps take {stored:,} bytes "
+            f"instead of {dense:,}. Prune more, or leave the model as it is.",
+            stacklevel=2,
         )
     hub.attach(model, [sparsified(weights, values, block)])
     return model
