@@ -73,16 +73,16 @@ def to_levels(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) ->
 
 
 def _rounded(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) -> Tensor:
-    moved = x.clone() if shift is None else x - shift  # from here in place: a step of training is mostly this
+    moved = x if shift is None else x - shift
     if levels.is_sign:
-        return _sign_(moved).to(x.dtype)
-    u = moved.to(torch.promote_types(moved.dtype, torch.float32)).div_(alpha)  # half precision has no ½ above 128
+        return _signs(moved)
+    u = moved.to(torch.promote_types(moved.dtype, torch.float32)) / alpha  # half precision has no ½ above 128
     return u.clamp_(levels.lowest, levels.highest).add_(0.5).floor_().clamp_(max=levels.highest).to(x.dtype)
 
 
-def _sign_(x: Tensor) -> Tensor:
-    """Sgn(x) in place, with sgn(0) = 1."""
-    return x.ge_(0).mul_(2).sub_(1)
+def _signs(x: Tensor) -> Tensor:
+    """Sgn(x), with sgn(0) = 1; several times faster than `torch.where` of two numbers."""
+    return x.ge(0).to(x.dtype).mul_(2).sub_(1)
 
 
 class _Rounded(torch.autograd.Function):
@@ -137,9 +137,9 @@ def binarized(weight: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
         Signs ±1, of the weight's shape, and the scale: (out,) with rows, else a scalar.
     """
     values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    dims = 1 if rows else None
-    centre, scale = (part.mean(dims, keepdim=rows, dtype=torch.float64) for part in (values, values.abs()))
-    signs = _sign_(values - centre.to(values.dtype)).to(weight.dtype)
+    over = {"dim": 1, "keepdim": True} if rows else {}
+    centre, scale = (part.mean(dtype=torch.float64, **over) for part in (values, values.abs()))
+    signs = _signs(values - centre.to(values.dtype)).to(weight.dtype)
     scale = scale.clamp_min(LEAST_SCALE).to(weight.dtype)
     if torch.is_grad_enabled() and weight.requires_grad:
         signs = cast(Tensor, _Through.apply(weight, signs, scale))
