@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from secateur.errors import InvalidData, SecateurError
 from secateur.sparsity.groups import groups_of, kinds_of
@@ -25,13 +25,13 @@ from secateur.sparsity.schedule import annealed_slab, annealed_strength
 from secateur.sparsity.selection import pattern_of
 from secateur.sparsity.settings import PruningSettings
 from secateur.sparsity.weights import prunable, sparsity
-from secateur.train.finite import check_finite
+from secateur.train.finite import StopsWhenDiverged, check_finite
 
 STATE = "pruning.safetensors"
 FEW = 10  # choices: with fewer a warning
 
 
-class Pruning(TrainerCallback):
+class Pruning(StopsWhenDiverged):
     """Prunes a model while a `Trainer` trains it.
 
     Gradients are read, and the prior is added to them, after they were clipped and reduced over processes, once for
@@ -275,18 +275,6 @@ class Pruning(TrainerCallback):
             if kept is not None:
                 kept |= self.last
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        """Stop before a checkpoint that is not finite takes the place of a good one."""
-        if model is not None and control.should_save:
-            check_finite(model, state.global_step)
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep scores, masks and history beside a checkpoint."""
         if state.is_world_process_zero:
@@ -317,12 +305,11 @@ class Pruning(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        **_: Any,
+        **more: Any,
     ) -> None:
         """Set the chosen weights to zero once more, and check."""
         self._apply()
-        if model is not None:
-            check_finite(model, state.global_step)
+        super().on_train_end(args, state, control, model, **more)
         reached, total = sparsity(self.parameters), sum(weight.numel() for weight in self.parameters.values())
         if reached >= self.final - 3 * self.groups.largest / total:
             return
