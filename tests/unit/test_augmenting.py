@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset, DatasetDict
 
 import secateur
+from secateur import run
 from secateur.costs.budget import Budget, constraints
 from secateur.errors import InvalidData, SecateurError
 from secateur.tasks.augmenting import with_replaced_words
+from secateur.train import fit
 from tests.unit.tiny_text import BAD, FILLER, GOOD, model, tokenizer
 
 ANGLES = {"good": 0.0, "fine": 0.1, "great": 0.3, "bad": 1.5, "poor": 1.6, "awful": 1.8}
@@ -75,12 +77,20 @@ def test_too_few_words_or_no_rows() -> None:
         with_replaced_words(replace(task, train=None), tokenizer(), table(), 1)
 
 
-def test_bit_learns_from_them() -> None:
+def test_bit_learns_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def watched(model: Any, words: Any, task: secateur.Task, *rest: Any, **more: Any) -> None:
+        seen.append(len(task.split("train")))
+        fit(model, words, task, *rest, **more)
+
+    monkeypatch.setattr(run, "fit", watched)
     with pytest.raises(SecateurError, match="augment needs distill"):
         secateur.Bit(augment=1, distill=False)
     method = secateur.Bit(augment=2, through=None, epochs=2, batch_size=10, batches=1, lr=1e-3)
     task = texts(*["good the film is very bad"] * 20)
     result = secateur.compress(model(), method, task=task, tokenizer=tokenizer(), seconds=0.05)
     assert result.budget["terms"][0]["met"]
+    assert seen == [60]
     limits = constraints(Budget.parse("bits<=1"), model(), 1, 8, units=False)
     assert method.check(model(), limits, 20) == {"steps": 2 * 6}
