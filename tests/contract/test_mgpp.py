@@ -105,6 +105,32 @@ def test_scores_and_patterns(ranked: dict[str, Any], pattern: str, share: float)
             assert int(weight.detach().ne(0).unflatten(1, (-1, 4)).sum(dim=-1).max()) <= 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "budget"),
+    [
+        ({}, "size<=60%"),
+        ({"values": "int8"}, "size<=50%"),
+        ({"pattern": "4x2"}, "size<=100KB"),
+        ({"pattern": "units"}, "size<=75%"),
+        ({"weights": "intermediate"}, "size<=88%"),
+        ({}, "sparsity>=20%,size<=60%"),
+    ],
+)
+def test_a_budget_of_bytes_holds_for_the_file(settings: dict[str, Any], budget: str, tmp_path: Path) -> None:
+    result = compress(
+        tiny_model("bert"),
+        secateur.Mgpp(**{**MGPP, **settings}),
+        task=tiny_task(),
+        tokenizer=tiny_tokenizer(),
+        budget=budget,
+        out=tmp_path / "out",
+    )
+    *_, term = result.budget["terms"]
+    assert all(each["met"] for each in result.budget["terms"])
+    assert term["reached"] == result.after.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert term["limit"] - 7000 <= term["reached"] <= term["limit"]  # the bound on names and places; whole heads
+
+
 @pytest.mark.parametrize(("pattern", "score"), [("units", "magnitude"), ("neurons", "movement"), ("heads", "platon")])
 def test_whole_units_are_cut_out(pattern: str, score: str, tmp_path: Path) -> None:
     share = {"units": 0.5, "neurons": 0.35, "heads": 0.2}[pattern]
@@ -425,7 +451,9 @@ def test_two_processes_choose_the_masks_of_one(score: str, prior: bool, tmp_path
         ({}, "sparsity>=1", "a sparsity is below 1"),
         ({}, "sparsity>=0", "the limit must be above 0"),
         ({}, "sparsity<=80%", "write 'sparsity>=90%'"),
-        ({}, "macs<=50%", "mgpp takes no 'macs' budget: use sparsity"),
+        ({}, "macs<=50%", "mgpp takes no 'macs' budget: use size, sparsity"),
+        ({}, "size<=30KB", "size<=30KB is out of reach: with a sparsity of 0.99 the file .* budget is size<="),
+        ({"values": "int8"}, "size<=80%", "met by values='int8' without a zero: ask for less"),
         ({"before": 0.6, "after": 0.5}, None, "together they are below 1"),
         ({"before": 0.5, "after": 0.49}, None, "no room: it would begin at step 4 and end at step 4"),
         ({"pattern": "2:4"}, None, "0.8 is out of reach: of the 21,504 weights that may go, a share of 0.5 can"),

@@ -6,14 +6,14 @@ import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur import hub
 from secateur.checks import check_shares
-from secateur.costs.budget import Constraint
+from secateur.costs.budget import Constraint, Term
 from secateur.edits import Sparsify
 from secateur.edits.slice import nonzero_units
 from secateur.edits.sparsify import sparsified
@@ -21,11 +21,13 @@ from secateur.errors import InvalidBudget, SecateurError
 from secateur.run import Job, Outcome
 from secateur.sparsity.groups import groups_of, kinds_of
 from secateur.sparsity.selection import Blocks, Units, pattern_of
-from secateur.sparsity.storage import Values
+from secateur.sparsity.storage import DTYPES, Values
 from secateur.sparsity.weights import prunable, stored_block
 from secateur.subnetwork import SubNetwork
 from secateur.train import Pruning, PruningSettings, Settings, bf16_pays
 from secateur.zeros import slice_zeros
+
+ENTRY = 128  # bytes, at most, of a tensor in the head of a file, besides its name
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Mgpp(PruningSettings):
     values: Values = "fp32"
 
     name: ClassVar[str] = "mgpp"
-    budgets: ClassVar[frozenset[str]] = frozenset({"sparsity"})
+    budgets: ClassVar[frozenset[str]] = frozenset({"sparsity", "size"})
     usual_budget: ClassVar[str] = "sparsity>=80%"
     cuts_units: ClassVar[bool] = False
 
@@ -72,9 +74,8 @@ class Mgpp(PruningSettings):
 
     def run(self, job: Job) -> Outcome:
         """Train and prune. Heads and neurons that went are cut out, other zeros are stored as one bit each."""
-        share = next(c.term.share for c in job.constraints if c.kind == "sparsity" and c.term)
         model = copy.deepcopy(job.model)
-        pruning = Pruning(self._aim(model, share), self)
+        pruning = Pruning(self._aim(model, job.constraints), self)
         trained = job.run.tensors("train", lambda: self._train(model, job, pruning))
         model.load_state_dict(trained)
         nn.Module.to(model, job.model.device)
@@ -91,7 +92,8 @@ class Mgpp(PruningSettings):
             hub.attach(model, [sparsified(pruned, self.values, block)])
         model.eval()
         left = float(sum(int(weight.count_nonzero()) for weight in prunable(model).values()))
-        return Outcome(model, hub.edits_of(model), kept, predicted=job.costs(model) | {"map_params": left})
+        counted = job.costs(model) | {"map_params": left, "bytes": float(hub.bytes_on_disk(model))}
+        return Outcome(model, hub.edits_of(model), kept, predicted=counted)
 
     def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
         """Raise what a run would, before it is begun; what it would do.
@@ -108,36 +110,71 @@ class Mgpp(PruningSettings):
             SecateurError: a pattern, weights, a floor or a schedule that does not fit.
         """
         pattern = pattern_of(self.pattern)
-        share = next(c.term.share for c in limits if c.kind == "sparsity" and c.term)
-        aim = self._aim(model, share)
+        aim = self._aim(model, limits)
         groups_of(model, prunable(model, self.weights, kinds_of(pattern)), pattern)
         steps = -(-rows // self.batch_size) * self.epochs
         if self.prior:
             self.mixture(self.lr)
         return {"steps": steps, "choices": self.schedule(aim, steps).choices}
 
-    def _aim(self, model: PreTrainedModel, share: float) -> float:
-        """The sparsity of the weights that may go, for one of all maps; found before anything is trained.
+    def _aim(self, model: PreTrainedModel, limits: Sequence[Constraint]) -> float:
+        """The sparsity of the weights that may go at which all limits hold; found before anything is trained.
 
         Raises:
-            InvalidBudget: it is out of reach.
+            InvalidBudget: one is out of reach, or met without a further zero.
         """
         pattern = pattern_of(self.pattern)
         weights = prunable(model, self.weights, kinds_of(pattern))
+        count = sum(weight.numel() for weight in weights.values())
+        most = pattern.most if pattern.most < 1 else 1 - self.floor
+        ways = {"sparsity": self._sparsity_wanted, "size": self._size_wanted}
+        wanted = max(ways[limit.kind](model, limit, weights, most) for limit in limits)
+        if isinstance(pattern, Units) or wanted > most - 1e-9:  # units reach what is asked for
+            return min(wanted, most)
+        return min(wanted + 2 * pattern.size / count, most)  # the unit at the threshold stays: one more is asked for
+
+    def _sparsity_wanted(
+        self, model: PreTrainedModel, limit: Constraint, weights: dict[str, nn.Parameter], most: float
+    ) -> float:
+        """The sparsity of some weights for one of all maps."""
+        share = cast(Term, limit.term).share
         count, everything = (sum(w.numel() for w in each.values()) for each in (weights, prunable(model)))
         wanted = (share * everything - _held(model, weights)) / count
         if wanted <= 0:
             raise InvalidBudget(f"sparsity>={share:g} is met by the zeros that other weights keep: ask for more.")
-        most = pattern.most if pattern.most < 1 else 1 - self.floor
         if wanted > most + 1e-9:
             nearest = math.floor(1e4 * share * most / wanted) / 1e4
             raise InvalidBudget(
                 f"sparsity>={share:g} is out of reach: of the {count:,} weights that may go, a share of {most:g} can "
                 f"(see weights, pattern and floor). The nearest feasible budget is sparsity>={nearest:g}."
             )
-        if isinstance(pattern, Units) or wanted > most - 1e-9:  # units reach what is asked for
-            return min(wanted, most)
-        return min(wanted + 2 * pattern.size / count, most)  # the unit at the threshold stays: one more is asked for
+        return wanted
+
+    def _size_wanted(
+        self, model: PreTrainedModel, limit: Constraint, weights: dict[str, nn.Parameter], most: float
+    ) -> float:
+        """The sparsity of some weights at which the file has the bytes asked for; other weights count as dense."""
+        term, full = cast(Term, limit.term), limit.cost.of(SubNetwork.full(model))
+        dense = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        if self._cuts:
+            fixed, kept = full - dense, float(dense)
+        else:
+            rows, columns = self._block
+            masks = sum(-(-weight.numel() // (8 * rows * columns)) for weight in weights.values())
+            scales = sum(4 * len(weight) for weight in weights.values()) if self.values == "int8" else 0
+            named = sum(2 * (len(name) + ENTRY) for name in weights)
+            fixed = full - dense + masks + scales + named
+            kept = float(DTYPES[self.values].itemsize * sum(weight.numel() for weight in weights.values()))
+        wanted = 1 - (limit.limit - fixed) / kept
+        if wanted <= 0:
+            raise InvalidBudget(f"{term} is met by values={self.values!r} without a zero: ask for less.")
+        if wanted > most + 1e-9:
+            least = fixed + (1 - most) * kept
+            raise InvalidBudget(
+                f"{term} is out of reach: with a sparsity of {most:g} the file has {term.show(least, full)} (see "
+                f"values, weights, pattern and floor). The nearest feasible budget is {term.at_least(least, full)}."
+            )
+        return wanted
 
     @property
     def _block(self) -> tuple[int, int]:
