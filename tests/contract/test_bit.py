@@ -232,6 +232,57 @@ def test_any_trainer_resumes_with_latent_weights(tmp_path: Path) -> None:
         trainer(model, "4").train(resume_from_checkpoint=str(tmp_path / "4" / "checkpoint-4"))
 
 
+PARALLEL = """
+import os
+import sys
+from pathlib import Path
+import torch; torch.set_num_threads(1)
+import torch.distributed as dist
+from safetensors.torch import save_file
+import secateur
+from secateur.tasks import evaluate
+from secateur.train import KeepBest, Settings, fit, imitated
+from tests.conftest import tiny_batch, tiny_model
+from tests.contract.test_methods import tiny_task, tiny_tokenizer
+
+model, teacher, task = tiny_model("bert"), tiny_model("bert"), tiny_task(80)
+secateur.binarize(model, [tiny_batch("bert")])
+seen = []
+model.register_forward_pre_hook(lambda m, args, given: seen.append(given["input_ids"].sum().item()), with_kwargs=True)
+scores = iter([0.2, 0.9, 0.1])
+best = KeepBest(lambda net: next(scores), Path(sys.argv[1]) / f"run-{os.environ['RANK']}")
+settings = Settings(3, 1e-3, 8, 32, 0.1, 0.01, 0, None, False, scale_lr=1e-4)
+fit(model, tiny_tokenizer(), task, Path(sys.argv[1]) / "run", settings, objective=imitated(teacher), callbacks=[best])
+last = {f"last {name}": tensor.clone() for name, tensor in model.state_dict().items()}
+best.restore(model)
+assert dist.get_world_size() == 2
+kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+save_file(kept | last | {"seen": torch.tensor(seen)}, f"{sys.argv[1]}/{dist.get_rank()}.safetensors")
+"""
+
+
+def test_two_processes_end_with_the_best_epoch(tmp_path: Path) -> None:
+    """Data parallel over gloo: each process sees its own half of the rows, and both end with one model."""
+    (tmp_path / "train.py").write_text(PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "train.py"), str(tmp_path)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert not torch.equal(first.pop("seen"), second.pop("seen"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    weight = "classifier.weight"
+    best = load_file(tmp_path / "run-0" / "best.safetensors")[weight]
+    assert torch.equal(first[weight], best)
+    assert not torch.equal(first[f"last {weight}"], best)
+
+
 def test_an_epoch_is_judged_though_a_kill_came_after_its_last_step(tmp_path: Path) -> None:
     keep = KeepBest(lambda model: 0.7, tmp_path / "run")
     state, arguments = TrainerState(global_step=8, max_steps=16), TrainingArguments(str(tmp_path), num_train_epochs=4)

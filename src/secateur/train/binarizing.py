@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur.edits import Binarize
@@ -123,9 +123,13 @@ class KeepBest(TrainerCallback):
         os.replace(notes.with_suffix(".new"), notes)
 
     def restore(self, model: nn.Module) -> None:
-        """Give a model the best weights, if any epoch had a score."""
-        if self.file.is_file():
+        """Give a model the best weights, if any epoch had a score: those of the first process, in every process."""
+        parallel = distributed.is_available() and distributed.is_initialized()
+        if (not parallel or distributed.get_rank() == 0) and self.file.is_file():
             model.load_state_dict(load_file(self.file))
+        if parallel:
+            for tensor in model.state_dict().values():
+                distributed.broadcast(tensor, 0)
 
 
 @contextmanager
