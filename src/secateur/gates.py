@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.families import Site, Sites, sites
+from secateur.subnetwork import SubNetwork
 
 
 @contextmanager
@@ -39,6 +41,62 @@ def gates(
             handle = site.output.register_forward_pre_hook(_gate(mask, site.width))
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def only(model: nn.Module | Sites, sub: SubNetwork) -> Iterator[None]:
+    """Within the context the model is a sub-network of itself: as if it were sliced, empty blocks bypassed.
+
+    Layers that lose both their blocks are not computed at all, where the family allows it.
+
+    Args:
+        model: the model, or its resolved `Sites`.
+        sub: what stays.
+
+    Raises:
+        SecateurError: the sub-network does not fit the model.
+    """
+    found = model if isinstance(model, Sites) else sites(model)
+    sub.check_fits(found)
+    heads, neurons = (
+        [None if all(mask) or not any(mask) else torch.tensor(mask, dtype=torch.float32) for mask in masks]
+        for masks in (sub.heads, sub.neurons)
+    )
+    empty = sub.empty_blocks(found)
+    with ExitStack() as stack:
+        for site in [] if found.family.quirk else _gone(found, empty):
+            stack.enter_context(_without(site.layers, site.layer_module))
+        for site in empty:
+            stack.callback(site.output.register_forward_hook(_nothing).remove)
+            if site.norm is not None:
+                stack.callback(site.norm.register_forward_hook(_as_it_came).remove)
+        stack.enter_context(gates(found, heads, neurons))
+        yield
+
+
+def _gone(found: Sites, empty: list[Site]) -> list[Site]:
+    """One site of each layer of which all blocks are empty."""
+    left = {site.layer_module for site in found if site not in empty}
+    return [site for site in empty if site.kind == "neurons" and site.layer_module not in left]
+
+
+@contextmanager
+def _without(layers: nn.Module, layer: nn.Module) -> Iterator[None]:
+    """A list of layers without one of them."""
+    usual = layers._modules
+    layers._modules = {name: module for name, module in usual.items() if module is not layer}
+    try:
+        yield
+    finally:
+        layers._modules = usual
+
+
+def _nothing(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def _as_it_came(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return args[0]
 
 
 def _pair(blocks: Sequence[Site], masks: Sequence[Tensor | None] | None, what: str) -> list[tuple[Site, Tensor]]:

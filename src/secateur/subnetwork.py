@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families import Sites, sites
+from secateur.families import Site, Sites, sites
 
 Mask = tuple[bool, ...]
 
@@ -85,6 +85,10 @@ class SubNetwork:
                     raise SecateurError(
                         f"The sub-network lists {len(mask)} {what} for '{site.name}', which has {site.units}."
                     )
+
+    def empty_blocks(self, found: Sites) -> list[Site]:
+        """The blocks of a model that are left without units."""
+        return [site for site, mask in zip(found, (*self.heads, *self.neurons), strict=True) if not any(mask)]
 
     def to_dict(self) -> dict[str, Any]:
         """Compact JSON form: each mask as "<units>:<hex>", most significant bit first."""

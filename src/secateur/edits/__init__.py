@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.bits.modules import is_binary
 from secateur.edits.binarize import Binarize
+from secateur.edits.bypass import Bypass
 from secateur.edits.slice import Slice
 from secateur.edits.sparsify import Sparsify
 from secateur.edits.tokens import DropTokens
@@ -18,6 +19,7 @@ __all__ = [
     "EDITS",
     "STORED",
     "Binarize",
+    "Bypass",
     "DropTokens",
     "Edit",
     "Slice",
@@ -51,8 +53,9 @@ class Edit(Protocol):
         ...
 
 
-EDITS: dict[str, type[Slice] | type[DropTokens] | type[Sparsify] | type[Binarize]] = {
+EDITS: dict[str, type[Slice] | type[Bypass] | type[DropTokens] | type[Sparsify] | type[Binarize]] = {
     "slice": Slice,
+    "bypass": Bypass,
     "drop_tokens": DropTokens,
     "sparsify": Sparsify,
     "binarize": Binarize,

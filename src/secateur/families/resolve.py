@@ -28,6 +28,8 @@ class Site:
         cuts: (map, cut) for each axis that shrinks.
         units: heads (key-value groups for grouped-query attention) or neurons present now.
         width: inputs of the output projection that belong to one unit.
+        norm: the LayerNorm after the residual sum, where there is one.
+        layers: the list that the layer is in.
     """
 
     block: Block
@@ -40,6 +42,8 @@ class Site:
     cuts: tuple[tuple[nn.Module, Cut], ...] = field(repr=False)
     units: int
     width: int
+    norm: nn.Module | None = field(repr=False)
+    layers: nn.Module = field(repr=False)
 
     @property
     def kind(self) -> UnitKind:
@@ -137,14 +141,14 @@ def _resolve(model: nn.Module, family: Family) -> Sites:
         layers = _require(base, stack.layers, family)
         for index, layer in enumerate(layers.children()):
             for block in stack.attention:
-                heads.append(_site(layer, index, stack, block, family))
-            neurons.append(_site(layer, index, stack, stack.ffn, family))
+                heads.append(_site(layers, layer, index, stack, block, family))
+            neurons.append(_site(layers, layer, index, stack, stack.ffn, family))
     if not neurons:
         raise UnsupportedModel(f"The {family.name} model has no layers at '{family.stacks[0].layers}'.")
     return Sites(family, tuple(heads), tuple(neurons))
 
 
-def _site(layer: nn.Module, index: int, stack: Stack, block: Block, family: Family) -> Site:
+def _site(layers: nn.Module, layer: nn.Module, index: int, stack: Stack, block: Block, family: Family) -> Site:
     prefix = f"{stack.layers}.{index}"
     module = _require(layer, block.path, family, prefix)
     output = _require(layer, block.output.path, family, prefix)
@@ -160,7 +164,8 @@ def _site(layer: nn.Module, index: int, stack: Stack, block: Block, family: Fami
         cuts.append((_require(layer, cut.path, family, prefix), cut))
     name = f"{prefix}.{block.path}" if block.path else f"{prefix}.{block.output.path}"
     units = in_features(output) // width
-    return Site(block, name, index, stack.layers, layer, module, output, tuple(cuts), units, width)
+    norm = _require(layer, block.norm, family, prefix) if block.norm else None
+    return Site(block, name, index, stack.layers, layer, module, output, tuple(cuts), units, width, norm, layers)
 
 
 def _find(root: nn.Module, path: str) -> nn.Module | None:

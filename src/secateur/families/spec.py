@@ -40,6 +40,7 @@ class Block:
         widths: attributes to set to units × head width after slicing.
         returns: length of the tuple that the attention module returns.
         cross: True for cross-attention (keys and values come from the encoder).
+        norm: where LayerNorm follows the residual sum, its path relative to the layer.
     """
 
     kind: UnitKind
@@ -51,6 +52,7 @@ class Block:
     widths: tuple[str, ...] = ()
     returns: int = 2
     cross: bool = False
+    norm: str = ""
 
     @property
     def output(self) -> Cut:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from secateur.families.spec import Block, Cut, Family, Stack
 
 
-def _ffn(path: str, up: str | tuple[str, ...], down: str, parts: int = 1) -> Block:
+def _ffn(path: str, up: str | tuple[str, ...], down: str, parts: int = 1, norm: str = "") -> Block:
     ups = (up,) if isinstance(up, str) else up
-    return Block("neurons", path, (*(Cut(u, "out", parts) for u in ups), Cut(down, "in")))
+    return Block("neurons", path, (*(Cut(u, "out", parts) for u in ups), Cut(down, "in")), norm=norm)
 
 
 def _attention(
@@ -26,13 +26,17 @@ def _attention(
     group: str = "",
     returns: int = 2,
     cross: bool = False,
+    norm: str = "",
 ) -> Block:
     cuts = (
         *(Cut(p, "out", parts) for p in qkv),
         *(Cut(p, "out", optional=True) for p in optional),
         Cut(out, "in"),
     )
-    return Block("heads", path, cuts, head_dim, group, counts, widths, returns, cross)
+    return Block("heads", path, cuts, head_dim, group, counts, widths, returns, cross, norm)
+
+
+_BERT_FFN = _ffn("intermediate", "intermediate.dense", "output.dense", norm="output.LayerNorm")
 
 
 def _bert_layers(layers: str = "encoder.layer") -> tuple[Stack, ...]:
@@ -43,8 +47,9 @@ def _bert_layers(layers: str = "encoder.layer") -> tuple[Stack, ...]:
         "attention_head_size",
         counts=("num_attention_heads",),
         widths=("all_head_size",),
+        norm="attention.output.LayerNorm",
     )
-    return (Stack(layers, (attention,), _ffn("intermediate", "intermediate.dense", "output.dense")),)
+    return (Stack(layers, (attention,), _BERT_FFN),)
 
 
 def _vit_attention() -> Block:
@@ -59,7 +64,8 @@ def _vit_attention() -> Block:
 
 def _bart_attention(path: str, cross: bool = False) -> Block:
     qkv = (f"{path}.q_proj", f"{path}.k_proj", f"{path}.v_proj")
-    return _attention(path, qkv, f"{path}.out_proj", "head_dim", counts=("num_heads",), cross=cross)
+    norm = f"{path}_layer_norm"
+    return _attention(path, qkv, f"{path}.out_proj", "head_dim", counts=("num_heads",), cross=cross, norm=norm)
 
 
 def _t5_stacks(up: tuple[str, ...]) -> tuple[Stack, ...]:
@@ -96,6 +102,7 @@ _MPNET_ATTENTION = _attention(
     counts=("num_attention_heads",),
     widths=("all_head_size",),
     returns=1,
+    norm="attention.LayerNorm",
 )
 _DISTILBERT_ATTENTION = _attention(
     "attention",
@@ -103,6 +110,7 @@ _DISTILBERT_ATTENTION = _attention(
     "attention.out_lin",
     "attention_head_size",
     counts=("n_heads",),
+    norm="sa_layer_norm",
 )
 _DEBERTA_ATTENTION = _attention(
     "attention.self",
@@ -112,6 +120,7 @@ _DEBERTA_ATTENTION = _attention(
     counts=("num_attention_heads",),
     widths=("all_head_size",),
     optional=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+    norm="attention.output.LayerNorm",
 )
 _MODERNBERT_ATTENTION = _attention("attn", ("attn.Wqkv",), "attn.Wo", "head_dim", parts=3)
 _GPT2_ATTENTION = _attention(
@@ -124,12 +133,13 @@ _LLAMA_ATTENTION = _attention(
     "head_dim",
     group="num_key_value_groups",
 )
+_BART_FFN = _ffn("", "fc1", "fc2", norm="final_layer_norm")
 _BART_STACKS = (
-    Stack("encoder.layers", (_bart_attention("self_attn"),), _ffn("", "fc1", "fc2")),
+    Stack("encoder.layers", (_bart_attention("self_attn"),), _BART_FFN),
     Stack(
         "decoder.layers",
         (_bart_attention("self_attn"), _bart_attention("encoder_attn", cross=True)),
-        _ffn("", "fc1", "fc2"),
+        _BART_FFN,
     ),
 )
 _VIT_LAYERS = (Stack("layers", (_vit_attention(),), _ffn("mlp", "mlp.fc1", "mlp.fc2")),)
@@ -145,24 +155,26 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mpnet",
             ("mpnet",),
-            (Stack("encoder.layer", (_MPNET_ATTENTION,), _ffn("intermediate", "intermediate.dense", "output.dense")),),
+            (Stack("encoder.layer", (_MPNET_ATTENTION,), _BERT_FFN),),
             quirk="mpnet",
             plain_products=True,
         ),
         Family(
             "distilbert",
             ("distilbert",),
-            (Stack("transformer.layer", (_DISTILBERT_ATTENTION,), _ffn("ffn", "ffn.lin1", "ffn.lin2")),),
+            (
+                Stack(
+                    "transformer.layer",
+                    (_DISTILBERT_ATTENTION,),
+                    _ffn("ffn", "ffn.lin1", "ffn.lin2", norm="output_layer_norm"),
+                ),
+            ),
             plain_products=True,
         ),
         Family(
             "deberta-v2",
             ("deberta-v2",),
-            (
-                Stack(
-                    "encoder.layer", (_DEBERTA_ATTENTION,), _ffn("intermediate", "intermediate.dense", "output.dense")
-                ),
-            ),
+            (Stack("encoder.layer", (_DEBERTA_ATTENTION,), _BERT_FFN),),
         ),
         Family(
             "modernbert",

@@ -1,0 +1,122 @@
+"""Contract of bypassed blocks: a model that is only a sub-network of itself equals the one that is cut out."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import secateur.hub as hub
+from secateur.edits import Bypass, Edit, Slice, apply_edits, edits_from_dicts
+from secateur.errors import InvalidModel, SecateurError
+from secateur.families import sites
+from secateur.gates import gates, only
+from secateur.subnetwork import SubNetwork
+from tests.conftest import tiny_batch, tiny_model
+from tests.contract.test_families import CUTS, cut, logits
+from tests.contract.test_round_trip import auto_class
+
+
+def cut_out(model: Any, sub: SubNetwork) -> Any:
+    """A copy of a model that is the sub-network."""
+    twin = copy.deepcopy(model)
+    bypass = Bypass.of(twin, sub)
+    edits: list[Edit] = [Slice(sub), *([bypass] if bypass else [])]
+    apply_edits(twin, edits)
+    hub.attach(twin, edits)
+    return twin
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_only_a_sub_network_equals_what_is_cut_out(family: str, how: str, tmp_path: Path) -> None:
+    model, batch = tiny_model(family), tiny_batch(family)
+    sub = cut(model, how)
+    before = logits(model, batch)
+    with only(model, sub):
+        masked = logits(model, batch)
+    assert torch.equal(logits(model, batch), before)
+    small = cut_out(model, sub)
+    assert torch.allclose(masked, logits(small, batch), atol=1e-5)
+    small.save_pretrained(tmp_path)
+    again = auto_class(family).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batch), logits(small, batch))
+    assert hub.edits_of(again) == hub.edits_of(small)
+
+
+def test_a_layer_without_both_blocks_is_not_there(family: str) -> None:
+    """Bit by bit the model without that layer in its list; where the family shares a position bias, nearly."""
+    model, batch = tiny_model(family), tiny_batch(family)
+    found = sites(model)
+    layer = found.neurons[1].layer_module
+    full = SubNetwork.full(model)
+    heads = tuple(
+        tuple(kept and site.layer_module is not layer for kept in mask)
+        for site, mask in zip(found.heads, full.heads, strict=True)
+    )
+    neurons = tuple((False,) * len(mask) if i == 1 else mask for i, mask in enumerate(full.neurons))
+    with only(model, SubNetwork(heads, neurons)):
+        masked = logits(model, batch)
+    shorter = copy.deepcopy(model)
+    del sites(shorter).neurons[1].layers[1]  # type: ignore[attr-defined]
+    assert torch.allclose(masked, logits(shorter, batch), atol=1e-6)
+
+
+def test_an_empty_block_is_the_identity_and_one_head_is_not() -> None:
+    """BERT's layer without heads is its feed-forward block alone; a closed gate still adds a bias and normalises."""
+    model: Any = tiny_model("bert")
+    with torch.no_grad():
+        for site in sites(model):
+            site.output.bias.normal_()  # type: ignore[union-attr]
+    full = SubNetwork.full(model)
+    layer, x = model.bert.encoder.layer[0], torch.randn(2, 5, 32)
+    without = SubNetwork(((False,) * 4, *full.heads[1:]), full.neurons)
+    one = SubNetwork(((True, False, False, False), *full.heads[1:]), full.neurons)
+    with torch.no_grad():
+        with only(model, without):
+            empty = layer(x)
+        with only(model, one):
+            single = layer(x)
+        with gates(model, heads=[torch.zeros(4), None, None]):
+            closed = layer(x)
+        alone = layer.output(layer.intermediate(x), x)
+    assert torch.equal(empty, alone)
+    assert not torch.allclose(single, alone, atol=1e-3)
+    assert not torch.allclose(closed, alone, atol=1e-3)
+
+
+def test_a_bypass_takes_bias_and_norm_out_of_the_file() -> None:
+    """32 + 2 * 32 parameters of an attention block of BERT besides its heads; a pre-norm model keeps its norm."""
+    for family, gone in (("bert", 96), ("vit", 32)):
+        model = tiny_model(family)
+        full = SubNetwork.full(model)
+        sub = SubNetwork(((False,) * 4, *full.heads[1:]), full.neurons)
+        sliced = copy.deepcopy(model)
+        Slice(sub).apply(sliced)
+        count = sum(p.numel() for p in sliced.parameters()) - sum(p.numel() for p in cut_out(model, sub).parameters())
+        assert count == gone
+
+
+def test_only_leaves_no_trace_after_an_error(family: str) -> None:
+    model, batch = tiny_model(family), tiny_batch(family)
+    before, hooks = logits(model, batch), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="on purpose"), only(model, cut(model, "layer without both")):
+        raise RuntimeError("on purpose")
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_what_cannot_be_bypassed_is_refused() -> None:
+    model = tiny_model("bert")
+    with pytest.raises(SecateurError, match="still has 4 heads: only empty blocks"):
+        Bypass(("encoder.layer.0.attention.self",)).apply(model)
+    with pytest.raises(SecateurError, match="no block 'nowhere' to bypass; there are such as encoder"):
+        Bypass(("nowhere",)).apply(model)
+    with pytest.raises(SecateurError, match="names of blocks"):
+        Bypass(())
+    for bad in ({"type": "bypass"}, {"type": "bypass", "blocks": [1]}, {"type": "bypass", "blocks": ["a"], "b": 1}):
+        with pytest.raises(InvalidModel, match="bypass edit cannot be read"):
+            edits_from_dicts([bad])
+    assert Bypass.of(model, SubNetwork.full(model)) is None
