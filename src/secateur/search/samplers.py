@@ -1,0 +1,155 @@
+"""Who proposes the next point of a space: `ask` gives a vector, `tell` its objectives, of which less is better.
+
+Each begins with the full network, the lower bounds and the midpoint. What is asked depends on the seed and on what was
+told so far alone: a search that is asked and told the same again goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+from secateur.errors import SecateurError
+from secateur.search.pareto import nondominated, ranks
+from secateur.search.spaces import Space, Values
+
+if TYPE_CHECKING:
+    import optuna
+
+Name = Literal["random", "local", "evolution", "nsga2", "tpe", "gp"]
+Points = list[tuple[Values, tuple[float, ...]]]
+MODELS = ("nsga2", "tpe", "gp")
+MOST = 1000  # variables that a model of the objectives is asked about
+
+
+class Sampler(Protocol):
+    """Asked for a vector and told its objectives, in turns."""
+
+    def ask(self) -> Values:
+        """The next vector to evaluate."""
+        ...
+
+    def tell(self, values: Values, objectives: Sequence[float]) -> None:
+        """What the vector that was asked for last has."""
+        ...
+
+
+def sampler(
+    name: Name,
+    space: Space,
+    objectives: int,
+    *,
+    seed: int = 0,
+    draw: Callable[[random.Random], Values] | None = None,
+) -> Sampler:
+    """A sampler by name.
+
+    Args:
+        name: "random"; "local", which changes one entry of a point of the front; "evolution", regularised and ranked by
+            fronts (MO-REA); or Optuna's "nsga2", "tpe" and "gp" (a Gaussian process with expected hypervolume
+            improvement).
+        space: what is searched.
+        objectives: how many there are.
+        seed: of every choice.
+        draw: a random vector, for the first three; `space.sample` if None.
+
+    Raises:
+        SecateurError: an unknown name, or a space with too many variables for Optuna.
+    """
+    if name not in get_args(Name):
+        raise SecateurError(f"A search goes by {', '.join(get_args(Name))}, not {name!r}.")
+    if name in MODELS:
+        if len(space.variables) > MOST:
+            raise SecateurError(
+                f"'{name}' models each of the {len(space.variables):,} variables of the space '{space.kind}': take "
+                "'random', 'local' or 'evolution'."
+            )
+        return _Optuna(name, space, objectives, seed)
+    own = {"random": _Random, "local": _Local, "evolution": _Evolution}[name]
+    return own(space, seed, draw or space.sample)
+
+
+class _Random:
+    """Draws, after the first points."""
+
+    def __init__(self, space: Space, seed: int, draw: Callable[[random.Random], Values]) -> None:
+        self.space = space
+        self.source = random.Random(seed)
+        self.draw = draw
+        self.first = _first(space)
+        self.points: Points = []
+
+    def ask(self) -> Values:
+        if len(self.points) < len(self.first):
+            return self.first[len(self.points)]
+        return self.next()
+
+    def tell(self, values: Values, objectives: Sequence[float]) -> None:
+        self.points.append((values, tuple(objectives)))
+
+    def next(self) -> Values:
+        """The next vector, once the first ones are known."""
+        return self.draw(self.source)
+
+
+class _Local(_Random):
+    """One entry of a point of the front is changed; one random vector comes before."""
+
+    def next(self) -> Values:
+        if len(self.points) == len(self.first):
+            return self.draw(self.source)
+        front = nondominated([objectives for _, objectives in self.points])
+        return self.space.mutated(
+            self.source.choice([v for (v, _), on in zip(self.points, front, strict=True) if on]), self.source
+        )
+
+
+class _Evolution(_Random):
+    """MO-REA: of five drawn from the last ten the one on the best front is changed in one entry."""
+
+    population = 10
+    tournament = 5
+
+    def next(self) -> Values:
+        if len(self.points) < self.population:
+            return self.draw(self.source)
+        alive = self.points[-self.population :]
+        rank = ranks([objectives for _, objectives in alive])
+        parent = min(self.source.choices(range(len(alive)), k=self.tournament), key=lambda i: rank[i])
+        return self.space.mutated(alive[parent][0], self.source)
+
+
+class _Optuna:
+    """One of Optuna's samplers."""
+
+    def __init__(self, name: str, space: Space, objectives: int, seed: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        kinds = {
+            "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=10, seed=seed),
+            "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
+            "gp": lambda: optuna.samplers.GPSampler(seed=seed, deterministic_objective=True),
+        }
+        self.space = space
+        self.study = optuna.create_study(directions=["minimize"] * objectives, sampler=kinds[name]())
+        self.ranges = {v.name: optuna.distributions.IntDistribution(v.low, v.high) for v in space.variables}
+        for values in _first(space):
+            self.study.enqueue_trial(dict(zip(self.ranges, values, strict=True)))
+        self.trial: optuna.Trial | None = None
+
+    def ask(self) -> Values:
+        self.trial = self.study.ask(self.ranges)  # type: ignore[arg-type]
+        return tuple(int(self.trial.params[name]) for name in self.ranges)
+
+    def tell(self, values: Values, objectives: Sequence[float]) -> None:
+        if self.trial is None:
+            raise SecateurError("A sampler is asked before it is told.")
+        self.study.tell(self.trial, list(objectives))
+        self.trial = None
+
+
+def _first(space: Space) -> list[Values]:
+    """The full network, all lower bounds, the midpoint."""
+    return [space.highest, tuple(v.low for v in space.variables), space.midpoint]
