@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.methods.bit import Bit
     from secateur.methods.late import Late
     from secateur.methods.mgpp import Mgpp
+    from secateur.methods.nas import Nas
     from secateur.methods.optin import Optin
     from secateur.methods.ptf import Ptf
     from secateur.results import Result
@@ -38,6 +39,7 @@ _HOME = {
     "DropTokens": "edits",
     "Late": "methods.late",
     "Mgpp": "methods.mgpp",
+    "Nas": "methods.nas",
     "Optin": "methods.optin",
     "Pruning": "train",
     "PruningSettings": "train",
@@ -68,6 +70,7 @@ __all__ = [
     "DropTokens",
     "Late",
     "Mgpp",
+    "Nas",
     "Optin",
     "Pruning",
     "PruningSettings",

@@ -75,9 +75,11 @@ def only(model: nn.Module | Sites, sub: SubNetwork) -> Iterator[None]:
 
 
 def _gone(found: Sites, empty: list[Site]) -> list[Site]:
-    """One site of each layer of which all blocks are empty."""
+    """One site of each layer of which all blocks are empty; a list keeps one layer, since some encoders need one."""
     left = {site.layer_module for site in found if site not in empty}
-    return [site for site in empty if site.kind == "neurons" and site.layer_module not in left]
+    gone = [site for site in empty if site.kind == "neurons" and site.layer_module not in left]
+    full = {site.stack for site in found} - {site.stack for site in found if site.layer_module in left}
+    return [site for site in gone if not (site.stack in full and site.layer == 0)]
 
 
 @contextmanager

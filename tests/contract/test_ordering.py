@@ -64,7 +64,8 @@ def test_by_hand() -> None:
     site = sites(model).neurons[0]
     up, down = (module.weight.detach().clone() for module, _ in site.cuts)  # type: ignore[operator]
     scores = UnitScores([torch.ones(4)] * 3, [torch.arange(48.0), torch.ones(48), torch.ones(48)])
-    sort_units(model, scores)
+    after = sort_units(model, scores)
+    assert torch.equal(after.neurons[0], torch.arange(48.0).flip(0))
     assert torch.equal(site.cuts[0][0].weight, up.flip(0))  # type: ignore[arg-type]
     assert torch.equal(site.cuts[1][0].weight, down.flip(1))  # type: ignore[arg-type]
 

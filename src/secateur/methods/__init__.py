@@ -10,11 +10,12 @@ from secateur.methods.baselines import Baseline
 from secateur.methods.bit import Bit
 from secateur.methods.late import Late
 from secateur.methods.mgpp import Mgpp
+from secateur.methods.nas import Nas
 from secateur.methods.optin import Optin
 from secateur.methods.ptf import Ptf
 from secateur.run import Method
 
-__all__ = ["METHODS", "Baseline", "Bit", "Late", "Mgpp", "Optin", "Ptf", "method_of"]
+__all__ = ["METHODS", "Baseline", "Bit", "Late", "Mgpp", "Nas", "Optin", "Ptf", "method_of"]
 
 METHODS: dict[str, type[Any]] = {
     "optin": Optin,
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Any]] = {
     "late": Late,
     "mgpp": Mgpp,
     "bit": Bit,
+    "nas": Nas,
     "baseline": Baseline,
 }
 

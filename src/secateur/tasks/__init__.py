@@ -5,8 +5,9 @@ from __future__ import annotations
 from secateur.tasks.augmenting import with_replaced_words
 from secateur.tasks.batching import Batches, batches, median_tokens
 from secateur.tasks.loading import load_task
-from secateur.tasks.metrics import Evaluation, compute, evaluate, paired_bootstrap
+from secateur.tasks.metrics import Evaluation, compute, evaluate, evaluate_batches, paired_bootstrap
 from secateur.tasks.presets import PRESETS
+from secateur.tasks.split import held_out
 from secateur.tasks.task import Task, check_labels, fingerprint
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "check_labels",
     "compute",
     "evaluate",
+    "evaluate_batches",
     "fingerprint",
+    "held_out",
     "load_task",
     "median_tokens",
     "paired_bootstrap",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.errors import InvalidData, InvalidModel
 from secateur.progress import track
-from secateur.tasks.batching import batches, token_limit
+from secateur.tasks.batching import Batches, batches, token_limit
 from secateur.tasks.heads import head_class, share_padding
 from secateur.tasks.tagging import IGNORED, by_words, entity_counts, padded
 from secateur.tasks.task import Task, check_labels, fingerprint
@@ -19,7 +19,15 @@ from secateur.tasks.task import Task, check_labels, fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Evaluation", "bootstrap_metric", "compute", "evaluate", "fingerprint", "paired_bootstrap"]
+__all__ = [
+    "Evaluation",
+    "bootstrap_metric",
+    "compute",
+    "evaluate",
+    "evaluate_batches",
+    "fingerprint",
+    "paired_bootstrap",
+]
 
 CHUNK = 250  # resamples at a time: bounds the memory of the bootstrap
 
@@ -109,14 +117,31 @@ def evaluate(
     """
     task = check_labels(task, model)
     longest = min(max_length or token_limit(tokenizer, model), token_limit(tokenizer, model))
-    share_padding(model, tokenizer)
     data = batches(task, split, tokenizer, batch_size=batch_size, max_length=longest, limit=limit)
+    share_padding(model, tokenizer)
+    return evaluate_batches(model, task, data, f"evaluating {task.name} ({split})", progress=progress)
+
+
+def evaluate_batches(
+    model: PreTrainedModel, task: Task, data: Batches, label: str = "evaluating", *, progress: bool = False
+) -> Evaluation:
+    """Run a model over batches that were made once, as `evaluate` does.
+
+    Args:
+        model: a classifier of sequences or tokens, or a regressor.
+        task: what the batches are of, with class ids in the model's order.
+        data: all examples, in any order.
+        label: of the progress.
+        progress: show progress on standard error.
+
+    Raises:
+        InvalidModel: if the outputs are not finite, or not one row of logits per example.
+    """
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            seen = track(data, f"evaluating {task.name} ({split})", show=progress)
-            parts = [_logits(model, batch, head_class(task)) for batch in seen]
+            parts = [_logits(model, batch, head_class(task)) for batch in track(data, label, show=progress)]
     finally:
         model.train(training)
     back = torch.argsort(torch.tensor(data.order))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 from secateur.errors import InvalidData
+from secateur.tasks.task import Task
 
 
 def split_rows(
@@ -56,6 +58,26 @@ def split_rows(
         if not chosen[name]:
             chosen[name].append(_spare(chosen[first], strata))
     return {name: sorted(row for rows in part for row in rows) for name, part in chosen.items()}
+
+
+def held_out(task: Task, share: float, most: int, seed: int) -> Task:
+    """The task with a part of its training rows in place of the validation rows, so that those stay unseen.
+
+    Args:
+        task: needs training rows.
+        share: of the training rows that are held out.
+        most: rows that are held out at most.
+        seed: of the choice.
+
+    Raises:
+        InvalidData: the task has no training rows, or too few different texts.
+    """
+    rows = task.split("train")
+    keys = list(zip(*(map(repr, rows[column][:]) for column in task.text_columns), strict=True))
+    classes = list(map(str, rows[task.label_column][:])) if task.kind == "classification" else [""] * len(rows)
+    share = min(share, most / max(len(rows), 1))
+    parts = split_rows(keys, classes, {"train": 1 - share, "held out": share}, seed)
+    return replace(task, train=rows.select(parts["train"]), validation=rows.select(parts["held out"]))
 
 
 def _spare(groups: list[list[int]], strata: Sequence[Hashable]) -> list[int]:

@@ -1,0 +1,216 @@
+"""NAS: one super-network, searched for the sub-network that a budget allows (Klein et al., TMLR 2024)."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur import hub
+from secateur.checks import check_fields, check_shares
+from secateur.costs.analytic import encoder_params, file_bytes, params
+from secateur.costs.budget import Constraint
+from secateur.edits import Bypass, Edit, Slice, apply_edits
+from secateur.errors import InvalidBudget, SecateurError
+from secateur.families import sites
+from secateur.gates import only
+from secateur.ordering import sort_units
+from secateur.progress import progress
+from secateur.prune import pack_units, unpack_units
+from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome
+from secateur.scores.fisher import fisher_scores
+from secateur.search.samplers import Name, sampler
+from secateur.search.spaces import Kind, Space, Values
+from secateur.subnetwork import SubNetwork, UnitScores
+from secateur.tasks import batches, check_labels, evaluate_batches, held_out
+from secateur.tasks.batching import token_limit
+from secateur.train import Settings, bf16_pays
+from secateur.train.supernet import Strategy, SuperNetwork
+
+MOST = 2048
+"""Rows, at most, that candidates are judged by."""
+
+
+@dataclass
+class Point:
+    """A sub-network that was evaluated.
+
+    Attributes:
+        sub: its units, in the super-network.
+        error: 1 - metric on the rows held out.
+        costs: what each limit of the budget is on.
+    """
+
+    sub: SubNetwork
+    error: float
+    costs: tuple[float, ...]
+
+
+@dataclass
+class Nas:
+    """Hyper-parameters of the search for a sub-network.
+
+    Attributes:
+        space: "small": one number of layers, heads and neurons; "medium": heads and neurons of each layer; "layer":
+            which layers stay; "large": which heads and neurons stay.
+        strategy: what a step of the super-network's training trains (`train.supernet.SuperNetwork`).
+        order: sort heads and neurons by their Fisher information first, so that the first ones are the best ones.
+        search: who proposes candidates: "random", "local", "evolution", "nsga2", "tpe" or "gp".
+        evaluations: candidates that are judged.
+        stratified: draws are spread over sizes, in "small" and "medium".
+        holdout: share of the training rows that candidates are judged by (2,048 at most), so that validation rows stay
+            unseen; 0 judges by validation.
+        epochs, lr, batch_size: of the super-network's training.
+        subnetworks: random sub-networks of a step; none takes the paper's 1 for "random" and "linear", 2 for others.
+        temperature: T of in-place distillation.
+        multiple: neurons per layer are kept in multiples of this many, in "small" and "medium".
+        batches: of 32 labelled examples that Fisher information is taken from.
+        max_length: tokens beyond this are cut off in training.
+        dropout: share of activations set to zero in training; none keeps the model's.
+    """
+
+    space: Kind = "small"
+    strategy: Strategy = "one-shot"
+    order: bool = True
+    search: Name = "local"
+    evaluations: int = 100
+    stratified: bool = True
+    holdout: float = 0.2
+    epochs: int = 5
+    lr: float = 2e-5
+    batch_size: int = 32
+    subnetworks: int | None = None
+    temperature: float = 10.0
+    multiple: int = 64
+    batches: int = 16
+    max_length: int = 128
+    dropout: float | None = None
+
+    name: ClassVar[str] = "nas"
+    budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+    usual_budget: ClassVar[str] = USUAL_BUDGET
+    cuts_units: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_shares(self, "holdout", "dropout", below=True)
+        if not self.temperature:
+            raise SecateurError("nas: temperature is above 0.")
+
+    def run(self, job: Job) -> Outcome:
+        """Sort, train the super-network, search it, cut out the best that meets the budget."""
+        space = Space.of(self.space, sites(job.model), self.multiple)
+        task = check_labels(job.task, job.model)
+        if self.holdout:
+            task = held_out(task, self.holdout, MOST, job.seed)
+        job = replace(job, task=task)
+        model = copy.deepcopy(job.model)
+        scores = self._sorted(model, job) if self.order else None
+        trained = job.run.tensors("train", lambda: self._train(model, job, space))
+        model.load_state_dict(trained)
+        nn.Module.to(model, job.model.device)
+        best = self._best(self._searched(model, job, space), job.constraints)
+        bypass = Bypass.of(model, best.sub)
+        edits: list[Edit] = [Slice(best.sub), *([bypass] if bypass else [])]
+        apply_edits(model, edits)
+        hub.attach(model.eval(), edits)
+        full = SubNetwork.full(model)
+        counted = {"encoder_params": encoder_params(model).of(full), "bytes": file_bytes(model).of(full)}
+        predicted = dict(zip((limit.kind for limit in job.constraints), best.costs, strict=True))
+        latency = {"latency_ms": predicted["latency"]} if "latency" in predicted else {}
+        return Outcome(model, edits, best.sub, scores, job.costs(model) | counted | latency)
+
+    def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
+        """Raise what a run would, before it is begun; the steps of its training and the candidates it judges.
+
+        Args:
+            model: the model to be searched.
+            limits: the budget.
+            rows: training examples.
+        """
+        space = Space.of(self.space, sites(model), self.multiple)
+        sampler(self.search, space, 1 + len(limits))
+        kept = rows - round(min(self.holdout * rows, MOST))
+        return {"steps": -(-kept // self.batch_size) * self.epochs, "evaluations": self.evaluations}
+
+    def _sorted(self, model: PreTrainedModel, job: Job) -> UnitScores:
+        """Sort the units of a copy of the job's model; their scores in the new order."""
+
+        def score() -> dict[str, Tensor]:
+            found, _ = fisher_scores(model, job.calibration(self.batches, 32, labels=True), progress=job.show)
+            return pack_units("score", found.heads, found.neurons)
+
+        scores = UnitScores(*unpack_units("score", job.run.tensors("order", score)))
+        return sort_units(model, scores)
+
+    def _train(self, model: PreTrainedModel, job: Job, space: Space) -> dict[str, Tensor]:
+        """Weights of the super-network."""
+        draw = self._draw(model, space)
+        network = SuperNetwork(
+            space,
+            self.strategy,
+            count=self.subnetworks,
+            temperature=self.temperature,
+            draw=lambda source: space.decode(draw(source)),
+            seed=job.seed,
+        )
+        settings = Settings(
+            self.epochs,
+            self.lr,
+            self.batch_size,
+            self.max_length,
+            warmup=0.0,
+            weight_decay=0.01,
+            seed=job.seed,
+            dropout=self.dropout,
+            bf16=bf16_pays(),
+        )
+        return job.trained(model, settings, [network], network.objective)
+
+    def _draw(self, model: nn.Module, space: Space) -> Callable[[random.Random], Values]:
+        """How a random point of the space is drawn."""
+        if self.stratified and space.kind in ("small", "medium"):
+            return partial(space.stratified, cost=params(model).of)
+        return space.sample
+
+    def _searched(self, model: PreTrainedModel, job: Job, space: Space) -> list[Point]:
+        """Every candidate with its error and its costs; each evaluation is kept as soon as it is done."""
+        rows = batches(job.task, "validation", job.tokenizer, max_length=token_limit(job.tokenizer, model))
+        found, draw = sites(model), self._draw(model, space)
+        asked = sampler(self.search, space, 1 + len(job.constraints), seed=job.seed, draw=draw)
+
+        def judged(sub: SubNetwork) -> dict[str, float]:
+            with only(found, sub):
+                return {"error": 1 - evaluate_batches(model, job.task, rows).metrics[job.task.metric]}
+
+        points: dict[str, Point] = {}
+        with progress("searching", self.evaluations, show=job.show) as advance:
+            for number in range(self.evaluations):
+                values = asked.ask()
+                sub = space.decode(values)
+                if sub.digest not in points:
+                    kept = job.run.record(f"candidate {number}", partial(judged, sub))
+                    costs = tuple(c.cost.of(sub) for c in job.constraints)
+                    points[sub.digest] = Point(sub, kept["error"], costs)
+                point = points[sub.digest]
+                asked.tell(values, (point.error, *point.costs))
+                advance(number + 1, f"error {min(p.error for p in points.values()):.3f}")
+        return list(points.values())
+
+    def _best(self, points: Sequence[Point], limits: Sequence[Constraint]) -> Point:
+        """The point with the least error among those that meet all limits; of equal ones the cheapest."""
+        meets = [p for p in points if all(cost <= c.limit for cost, c in zip(p.costs, limits, strict=True))]
+        if not meets:
+            nearest = min(points, key=lambda p: max(cost / c.limit for cost, c in zip(p.costs, limits, strict=True)))
+            reached = ", ".join(f"{c.kind} {cost:.4g}" for c, cost in zip(limits, nearest.costs, strict=True))
+            raise InvalidBudget(
+                f"None of {len(points)} candidates meets the budget (the nearest has {reached}): raise evaluations, or "
+                "ask for more."
+            )
+        return min(meets, key=lambda p: (p.error, p.costs))

@@ -1,0 +1,191 @@
+"""Contract of NAS: families and spaces end in a cut that meets the budget, a killed run loses nothing, bad input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+import secateur
+from secateur.errors import InvalidBudget, InvalidData, SecateurError, UnsupportedModel
+from secateur.families import sites
+from secateur.methods.nas import Nas
+from tests.conftest import ENCODERS, tiny_batch, tiny_model
+from tests.contract.test_families import logits
+from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
+
+NAS: dict[str, Any] = dict(epochs=1, lr=1e-3, batch_size=8, evaluations=20, batches=1, multiple=8)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_every_encoder_is_searched(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = compress(
+        model,  # type: ignore[arg-type]
+        Nas(**NAS),
+        task=tiny_task(),
+        tokenizer=tiny_tokenizer(),
+        budget="encoder_params<=60%",
+        out=tmp_path / "out",
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (term,) = result.budget["terms"]
+    assert term["met"]
+    assert result.after.encoder_params == term["reached"] <= 0.6 * result.before.encoder_params
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again, tiny_batch(family)), logits(result.model, tiny_batch(family)))
+    assert result.after.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"space": "medium"},
+        {"space": "layer", "search": "random"},
+        {"space": "large", "search": "evolution", "evaluations": 30},
+        {"space": "small", "search": "nsga2", "order": False},
+        {"strategy": "distilled", "search": "tpe", "stratified": False},
+        {"strategy": "standard", "holdout": 0.0, "subnetworks": 1},
+    ],
+)
+def test_spaces_strategies_and_samplers(settings: dict[str, Any]) -> None:
+    result = compress(
+        tiny_model("bert"),  # type: ignore[arg-type]
+        Nas(**NAS | settings),
+        task=tiny_task(),
+        tokenizer=tiny_tokenizer(),
+        budget="macs<=70%,params<=90%",
+    )
+    assert all(term["met"] for term in result.budget["terms"])
+    widths = [(site.kind, site.units) for site in sites(result.model)]
+    if settings.get("space") == "layer":
+        assert all(units in (0, 4 if kind == "heads" else 48) for kind, units in widths)
+    if settings.get("space", "small") == "small":  # the first layers are alike, the others gone
+        each = [units for kind, units in widths if kind == "heads"]
+        assert set(each) <= {0, each[0]}
+        assert each == sorted(each, reverse=True)
+    kinds = [edit["type"] for edit in result.edits]
+    assert kinds == (["slice", "bypass"] if any(units == 0 for _, units in widths) else ["slice"])
+    if settings.get("order") is False:
+        assert result.scores == {}
+    else:
+        assert all(
+            values == sorted(values, reverse=True) for values in [*result.scores["heads"], *result.scores["neurons"]]
+        )
+        assert [len(values) for values in result.scores["neurons"]] == [48] * 3
+
+
+def test_candidates_are_judged_by_rows_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 training rows 16 are held out; validation rows are seen before and after, but by no candidate."""
+    seen: list[int] = []
+    usual = secateur.methods.nas.evaluate_batches  # type: ignore[attr-defined]
+
+    def look(model: Any, task: Any, rows: Any) -> Any:
+        seen.append(sum(len(batch["labels"]) for batch in rows))
+        return usual(model, task, rows)
+
+    monkeypatch.setattr("secateur.methods.nas.evaluate_batches", look)
+    task, rows = tiny_task(), len(tiny_task().train)  # type: ignore[arg-type]
+    compress(
+        tiny_model("bert"),  # type: ignore[arg-type]
+        Nas(**NAS | {"holdout": 0.25}),
+        task=task,
+        tokenizer=tiny_tokenizer(),
+        budget="macs<=70%",
+    )
+    assert 3 < len(seen) <= 20
+    assert set(seen) == {round(0.25 * rows)}
+
+
+def _compress(model: Path, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:
+    code = f"""
+import torch; torch.set_num_threads(1)
+import secateur, secateur.train.loop
+secateur.train.loop.CHECKPOINT_SECONDS = 0
+from tests.contract.test_methods import tiny_task
+from tests.contract.test_nas import NAS
+method = secateur.Nas(**{{**NAS, "epochs": 2, "evaluations": 60}})
+secateur.compress({str(model)!r}, method, task=tiny_task(100), budget="macs<=60%", out={str(out)!r}, resume={resume},
+                  seconds=0.05)
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_model(tmp_path: Path) -> None:
+    """SIGKILL in the training, then in the search; nothing that was evaluated is evaluated again."""
+    tiny_model("bert").save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    assert _compress(tmp_path / "dense", tmp_path / "whole").wait(300) == 0
+    stages = tmp_path / "out.run"
+    for marker in ("training/checkpoint-*/complete", "candidate 7.json"):
+        run = _compress(tmp_path / "dense", tmp_path / "out", resume=stages.exists())
+        deadline = time.monotonic() + 300
+        while not list(stages.glob(marker)) and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert run.poll() is None
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    kept = {file.name: file.stat().st_mtime_ns for file in stages.glob("candidate *.json")}
+    assert len(kept) >= 5
+    last = _compress(tmp_path / "dense", tmp_path / "out", resume=True)
+    while list(stages.glob("candidate 7.json")) and last.poll() is None:
+        assert {name: (stages / name).stat().st_mtime_ns for name in kept if (stages / name).exists()}.items() <= (
+            kept.items()
+        )
+        time.sleep(0.05)
+    assert last.wait(300) == 0, last.stderr.read()  # type: ignore[union-attr]
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "message"),
+    [
+        ({"space": "huge"}, None, "space is small or medium or layer or large"),
+        ({"strategy": "x"}, None, "strategy is standard or random or linear or sandwich"),
+        ({"search": "grid"}, None, "search is random or local or evolution or nsga2"),
+        ({"holdout": 1}, None, "holdout is a share, from 0 to below 1"),
+        ({"temperature": 0}, None, "temperature is above 0"),
+        ({"evaluations": 0}, None, "evaluations is a whole number from 1"),
+        ({"space": "large", "search": "gp"}, None, "many variables|models each of the"),
+        ({}, "sparsity>=50%", "nas takes no 'sparsity' budget"),
+        ({"evaluations": 1}, "macs<=60%", "None of 1 candidates meets the budget .* raise evaluations"),
+        ({}, "params<=1%", "nearest feasible budget"),
+    ],
+)
+def test_bad_settings_and_budgets(settings: dict[str, Any], budget: str | None, message: str) -> None:
+    kind: Any = InvalidBudget if budget else SecateurError
+    with pytest.raises(kind, match=message):
+        compress(
+            tiny_model("bert", **({"num_hidden_layers": 30} if settings.get("search") == "gp" else {})),  # type: ignore[arg-type]
+            Nas(**NAS | settings),
+            task=tiny_task(),
+            tokenizer=tiny_tokenizer(),
+            budget=budget,
+        )
+
+
+def test_what_cannot_be_searched_is_refused_before_training() -> None:
+    with pytest.raises(UnsupportedModel, match="several stacks"):
+        secateur.Nas().check(tiny_model("bart"), [], 100)  # type: ignore[arg-type]
+    task = tiny_task()
+    with pytest.raises(InvalidData, match="no 'train' split|no training rows"):
+        compress(
+            tiny_model("bert"),  # type: ignore[arg-type]
+            Nas(**NAS),
+            task=type(task)(**{**task.__dict__, "train": None}),
+            tokenizer=tiny_tokenizer(),
+        )
