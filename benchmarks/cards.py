@@ -138,7 +138,10 @@ def mgpp_latency() -> str:
     for key in dict.fromkeys((row["shape"], row["zeros"], row["sparsity"]) for row in rows):
         found = {(r["batch"], r["tokens"]): r for r in rows if (r["shape"], r["zeros"], r["sparsity"]) == key}
         each = [found[case] for case in cases]
-        cells = [f"{r['dense ms']:.0f} → {r['sparse ms']:.0f} ({r['ratio']:.2f})" for r in each]
+        cells = [
+            f"{r['dense ms']:.0f} → {r['sparse ms']:.0f} ({r['ratio']:.2f}{'' if r['not dense'] else ', all dense'})"
+            for r in each
+        ]
         lines.append(f"| {key[0]} | {key[1]}, {key[2]} % | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -53,6 +53,7 @@ def kernel_at(kernels: dict[int, str], rows: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--zeros", nargs="*", choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--sparsities", nargs="*", type=int, default=[80, 90, 95])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
@@ -61,7 +62,8 @@ def main() -> None:
     path = HERE / "results" / "sparse_latency.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     for shape in arguments.shapes:
-        for name, blocks in BLOCKS.items():
+        for name in arguments.zeros:
+            blocks = BLOCKS[name]
             for percent in arguments.sparsities:
                 model = sparse(shape, blocks, percent / 100)
                 taken = secateur.choose_kernels(model)
