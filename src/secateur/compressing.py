@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -78,6 +79,11 @@ def compress(
     chosen = method_of(method)
     asked = Budget.parse(chosen.usual_budget if budget is None else budget)
     asked.check_kinds(chosen.budgets, chosen.name)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SecateurError(
+            "compress runs in one process: for several use CompressionTrainer, with what the method puts into it, in a "
+            "training of your own."
+        )
     if resume and out is None:
         raise SecateurError("Resuming needs the folder of the run that was killed: give out=.")
     if out is not None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import hub
+from secateur.bits.modules import plain_tables
 from secateur.edits.tokens import dial_of, has_dial, turned_to
 from secateur.errors import InvalidModel, MissingExtra, SecateurError, UnsupportedModel
 from secateur.families import family_of
@@ -108,7 +109,7 @@ def export(
         (fresh / CHECK_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _save_companions(folder_or_model, tokenizer, fresh)
 
-    with _inference(model), turned_to(model, speedup):
+    with _inference(model), turned_to(model, speedup), plain_tables(model):
         _check_exportable(model, format)
         return hub.save_folder(target, write)
 

@@ -14,15 +14,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForQuestionAnswering, TrainerControl, TrainerState, TrainingArguments
+from torch.nn.functional import kl_div, mse_loss
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import secateur
 from secateur import hub
 from secateur.bits.modules import BinaryLinear
 from secateur.bits.quantizers import binarized
+from secateur.costs.budget import Budget, constraints
 from secateur.errors import InvalidBudget, SecateurError
+from secateur.run import Job
 from secateur.tasks import batches
-from secateur.train import CompressionTrainer, KeepBest, Settings, fit, imitated
+from secateur.train import CompressionTrainer, KeepBest, Settings, distilled, fit, imitated
 from tests.conftest import ENCODERS, tiny_batch, tiny_model
 from tests.contract.test_bits import BINARY, logits
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
@@ -165,10 +174,22 @@ def test_distillation_comes_nearer_to_the_teacher_than_its_labels() -> None:
 
 
 def test_starts_and_ends_of_answers_are_both_compared() -> None:
-    teacher, student = (AutoModelForQuestionAnswering.from_config(tiny_model("bert").config) for _ in range(2))
+    config = tiny_model("bert").config
+    teacher = AutoModelForQuestionAnswering.from_config(config)
+    student = AutoModelForQuestionAnswering.from_config(config).eval()
+    assert not torch.equal(teacher.qa_outputs.weight, student.qa_outputs.weight)
     objective = imitated(teacher)
     batch = tiny_batch("bert")
     loss = objective(student, batch)
+    mine, wanted = (net(**batch, output_hidden_states=True) for net in (student, teacher))
+    expected = sum(
+        kl_div(mine[f"{end}_logits"].log_softmax(1), wanted[f"{end}_logits"].softmax(1), reduction="batchmean") / 9
+        for end in ("start", "end")
+    )
+    real = batch["attention_mask"].bool()
+    for one, other in zip(mine.hidden_states, wanted.hidden_states, strict=True):
+        expected = expected + mse_loss(one[real], other[real])
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     loss.backward()
     assert bool((student.qa_outputs.weight.grad.abs().sum(dim=1) > 0).all())
     assert float(objective(teacher, batch)) == pytest.approx(0, abs=1e-6)
@@ -185,6 +206,91 @@ def test_another_teacher_is_refused(change: dict[str, int], message: str) -> Non
     student: Any = tiny_model("bert")
     with pytest.raises(SecateurError, match=message):
         imitated(tiny_model("bert", **change))(student, tiny_batch("bert"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("head", [AutoModelForTokenClassification, AutoModelForQuestionAnswering])
+def test_a_teacher_with_another_head_is_refused(head: Any) -> None:
+    """Also where the shapes would broadcast: 9 rows of 9 tokens."""
+    student, teacher = tiny_model("bert"), head.from_config(tiny_model("bert").config)
+    batch = tiny_batch("bert", batch=9) | {"labels": torch.zeros(9, dtype=torch.long)}
+    for objective in (imitated(teacher), distilled(teacher, 0.5)):
+        with pytest.raises(SecateurError, match=r"outputs are .*distil from a model with the same head"):
+            objective(student, batch)
+    words = AutoModelForTokenClassification.from_config(tiny_model("bert").config)
+    with pytest.raises(SecateurError, match="need labels"):
+        imitated(words)(words, tiny_batch("bert"))
+
+
+def test_each_step_begins_with_the_one_before_and_learns_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, teachers, starts, ends = tiny_batch("bert"), [], [], []
+    usual_imitated, usual_trained = secateur.methods.bit.imitated, Job.trained
+
+    def spied(teacher: Any) -> Any:
+        teachers.append(logits(teacher.eval(), batch))
+        return usual_imitated(teacher)
+
+    def trained(job: Job, model: Any, *args: Any, **kwargs: Any) -> Any:
+        starts.append(model.bert.encoder.layer[0].output.dense.weight.detach().clone())
+        found = usual_trained(job, model, *args, **kwargs)
+        ends.append((logits(model, batch), model.bert.encoder.layer[0].output.dense.weight.detach().clone()))
+        return found
+
+    monkeypatch.setattr("secateur.methods.bit.imitated", spied)
+    monkeypatch.setattr(Job, "trained", trained)
+    model: Any = tiny_model("bert")
+    dense = logits(model, batch), model.bert.encoder.layer[0].output.dense.weight.detach().clone()
+    method = secateur.Bit(**{**BIT, "epochs": 1, "through": "4,2"})
+    compress(model, method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="bits<=1")
+    assert len(teachers) == len(starts) == 3
+    for step, (wanted, weight) in enumerate((dense, *ends[:2])):
+        assert torch.equal(teachers[step], wanted)
+        assert torch.equal(starts[step], weight)
+    assert not torch.equal(starts[0], starts[1])
+
+
+@pytest.mark.parametrize(
+    ("through", "mixed", "steps"),
+    [("4,2", None, [4, 2, 1]), ("8,2", ".=1, :probs=4", [8, 2, 4]), (2, ".=2, :probs=4", [4]), (None, None, [1])],
+)
+def test_steps_before_the_last_have_more_bits_than_its_lowest(
+    through: Any, mixed: str | None, steps: list[int]
+) -> None:
+    model: Any = tiny_model("bert")
+    limits = constraints(Budget.parse(f"bits<={steps[-1]}"), model, units=False)
+    method = secateur.Bit(**BIT, through=through, mixed=mixed)
+    assert method._steps(model, limits) == steps
+
+
+def test_scales_have_a_rate_of_their_own_and_do_not_decay(tmp_path: Path) -> None:
+    model: Any = tiny_model("bert")
+    secateur.binarize(model, [tiny_batch("bert")])
+    arguments = TrainingArguments(str(tmp_path), learning_rate=1e-3, weight_decay=0.1, use_cpu=True, report_to="none")
+    optimizer = CompressionTrainer(model, arguments, scale_lr=2e-5).create_optimizer()
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == sum(1 for _ in model.parameters())
+    for name, parameter in model.named_parameters():
+        rate = 2e-5 if name.endswith(".alpha") else 1e-3
+        plain = name.endswith((".alpha", ".shift", ".bias")) or "LayerNorm" in name
+        assert found[id(parameter)] == (rate, 0.0 if plain else 0.1), name
+
+
+def test_the_rate_of_a_scale_follows_the_micro_batch(tmp_path: Path) -> None:
+    """Two micro-batches of half the rows give √2 times the gradient of α, and the same for weights and shifts."""
+    batch = tiny_batch("bert", batch=8)
+    model: Any = tiny_model("bert")
+    secateur.binarize(model, [batch])
+    model.eval()
+    found = []
+    for parts in (1, 2):
+        model.zero_grad()
+        for part in range(parts):
+            rows = {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
+            (model(**rows).logits.square().mean() / parts).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, once in found[0].items():
+        factor = 2**0.5 if name.endswith("input_bits.alpha") and "pooler" not in name else 1.0
+        if not name.endswith(".alpha") or factor > 1:
+            torch.testing.assert_close(found[1][name], factor * once, rtol=1e-3, atol=1e-6)
 
 
 def test_any_trainer_distils_a_binary_model(tmp_path: Path) -> None:
@@ -227,6 +333,10 @@ def test_any_trainer_resumes_with_latent_weights(tmp_path: Path) -> None:
             trainer(model, str(stops)).train(resume_from_checkpoint=str(tmp_path / str(stops) / f"checkpoint-{stops}"))
         ends.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    model = tiny_model("bert")
+    secateur.binarize(model, [tiny_batch("bert")])
+    trainer(model, "another").train(resume_from_checkpoint=str(tmp_path / "4" / "checkpoint-4"))
+    assert all(torch.equal(tensor, ends[0][name]) for name, tensor in model.state_dict().items())
     (tmp_path / "4" / "checkpoint-4" / "latent.safetensors").unlink()
     with pytest.warns(UserWarning, match=r"latent.safetensors is missing"):
         trainer(model, "4").train(resume_from_checkpoint=str(tmp_path / "4" / "checkpoint-4"))
@@ -314,6 +424,19 @@ def test_what_does_not_fit_is_refused_before_training(monkeypatch: pytest.Monkey
                 tiny_model("bert"), secateur.Bit(mixed=mixed), task=tiny_task(), tokenizer=tiny_tokenizer(),
                 budget="bits<=4",
             )  # fmt: skip
+
+
+def test_frozen_weights_are_refused() -> None:
+    model: Any = tiny_model("bert")
+    model.bert.encoder.layer[0].output.dense.weight.requires_grad_(False)
+    with pytest.raises(SecateurError, match="layer.0.output.dense.weight is frozen"):
+        compress(model, secateur.Bit(**BIT), task=tiny_task(), tokenizer=tiny_tokenizer(), budget="bits<=1")
+
+
+def test_compress_is_refused_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SecateurError, match=r"one process.*CompressionTrainer"):
+        compress(tiny_model("bert"), "optin", task=tiny_task(), tokenizer=tiny_tokenizer())
 
 
 def test_other_methods_refuse_a_binary_model() -> None:

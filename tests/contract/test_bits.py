@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
 )
 
 import secateur
@@ -26,10 +29,11 @@ from secateur import hub
 from secateur.bits.integer import Operand, PackedLinear, bits_by_table, product, thresholds
 from secateur.bits.modules import SAMPLE, BinaryLinear, Quantizer, _Calibration, calibrate, quantizers
 from secateur.bits.quantizers import Levels, to_levels
+from secateur.edits import apply_edits
 from secateur.edits.binarize import Binarize, places
 from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import FAMILIES
-from tests.conftest import tiny_batch, tiny_model
+from tests.conftest import BERT, tiny_batch, tiny_model
 from tests.contract.test_families import cut
 from tests.contract.test_round_trip import auto_class, edit_config
 
@@ -318,6 +322,39 @@ def test_damaged_bits_are_refused(damage: str, tmp_path: Path) -> None:
         hub.open_model(tmp_path)
 
 
+def test_bits_are_checked_whatever_the_precision(tmp_path: Path) -> None:
+    """Stored in one precision and read in another; a changed scale is noticed in all."""
+    for stored in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(stored)
+        binary().to(stored).save_pretrained(folder)
+        file, name = folder / "model.safetensors", "bert.encoder.layer.1.output.dense.input_bits.alpha"
+        for read in (torch.float32, torch.bfloat16):
+            assert AutoModelForSequenceClassification.from_pretrained(folder, dtype=read).dtype == read
+        hub.open_model(folder)
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        tensors[name] *= 100
+        save_file(tensors, file, metadata)
+        for read in (torch.float32, torch.bfloat16):
+            with pytest.raises(InvalidModel, match="the file is damaged"):
+                AutoModelForSequenceClassification.from_pretrained(folder, dtype=read)
+
+
+def test_what_one_bit_attention_cannot_do_is_refused(tmp_path: Path) -> None:
+    decoder = BertLMHeadModel(BertConfig(**BERT, is_decoder=True))
+    with pytest.raises(UnsupportedModel, match="used as a decoder"):
+        secateur.binarize(decoder, [tiny_batch("bert")])
+    model = binary()
+    (edit,) = hub.edits_of(model)
+    with pytest.raises(SecateurError, match="relu=True"):
+        apply_edits(model, [replace(edit, relu=False)])
+    binary().save_pretrained(tmp_path)
+    flexible = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="flex_attention")
+    with pytest.raises(SecateurError, match="attn_implementation='sdpa'"):
+        flexible(**tiny_batch("bert"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -425,12 +462,14 @@ def test_what_only_a_bit_is_read_of_never_becomes_a_float() -> None:
     assert layer.attention.output.dense.takes_levels
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
-def test_onnx_holds_the_simulation(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "embeddings"), [("bert", "1bit"), ("bert", "int8"), ("vit", "float")])
+def test_onnx_holds_the_simulation(family: str, embeddings: Any, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, batch = binary(family), tiny_batch(family)
+    model, batch = binary(family, embeddings=embeddings), tiny_batch(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     folder = secateur.export(model, tmp_path / "onnx", format="onnx")
     session = onnxruntime.InferenceSession(next(Path(folder).glob("*.onnx")))
     batch |= {one.name: torch.zeros_like(batch["input_ids"]) for one in session.get_inputs() if one.name not in batch}
     (found,) = session.run(None, {one.name: batch[one.name].numpy() for one in session.get_inputs()})
     torch.testing.assert_close(torch.from_numpy(found), logits(model, batch), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.bits.modules import BinaryEmbedding, BinaryLinear, Quantizer
+from secateur.bits.modules import AttentionBits, BinaryEmbedding, BinaryLinear, Quantizer
 from secateur.bits.packing import packed, unpacked
 from secateur.bits.quantizers import BITS, Levels, binarized, first_alpha, scaled_gradient, to_levels
 from secateur.errors import SecateurError
@@ -92,15 +92,15 @@ def test_homogeneity() -> None:
 
 def test_the_gradient_of_the_scale_shrinks_with_the_tensor() -> None:
     for shape in ((4, 8), (16, 8)):
-        for bits in (1, 2):
-            quantizer = Quantizer(Levels(bits, True), 8, torch.zeros(1))
+        for kind in (Levels(1, True), Levels(2, True), Levels(4, True), Levels(2, False)):
+            quantizer = Quantizer(kind, 8, torch.zeros(1))
             nn.init.constant_(quantizer.alpha, 0.7)
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             levels, alpha = quantizer(x)
             (levels * alpha).sum().backward()
             plain = torch.tensor(0.7, requires_grad=True)
-            (to_levels(x, plain, None, Levels(bits, True)) * plain).sum().backward()
-            factor = 1 / math.sqrt(x.numel() * Levels(bits, True).highest)
+            (to_levels(x, plain, None, kind) * plain).sum().backward()
+            factor = 1 / math.sqrt(x.numel() * kind.highest)
             assert float(quantizer.alpha.grad) == pytest.approx(float(plain.grad) * factor, rel=1e-5)  # type: ignore[arg-type]
     x = torch.ones(3, requires_grad=True)
     scaled_gradient(x, 0.25).sum().backward()
@@ -198,3 +198,40 @@ def test_rows_of_an_embedding_have_two_values() -> None:
     assert float(rows[0, 0, 0].detach().abs()) == pytest.approx(float(table.weight[0].detach().abs().mean()))
     rows.sum().backward()
     assert table.weight.grad[:, 0].tolist() == [2, 0, 0, 1, 1]  # type: ignore[union-attr]
+
+
+def test_attention_by_hand() -> None:
+    """Two tokens, one head of width 2, scores of ±α_q α_k · scaling; a probability counts from half of its α on."""
+    like = torch.zeros(1)
+    bits = AttentionBits({n: Levels(1, n != "probs") for n in ("query", "key", "value", "probs")}, like)
+    for name, alpha in (("query", 0.5), ("key", 2.0), ("value", 3.0), ("probs", 0.8)):
+        nn.init.constant_(bits.of(name).alpha, alpha)
+    query = torch.tensor([[[[0.3, 0.1], [-0.2, 0.0]]]])  # signs (1, 1) and (-1, 1)
+    key = torch.tensor([[[[1.0, 5.0], [-1.0, -5.0]]]])  # (1, 1) and (-1, -1)
+    value = torch.tensor([[[[1.0, -1.0], [0.5, 2.0]]]])  # (1, -1) and (1, 1)
+    with torch.no_grad():
+        context, probabilities = bits(query, key, value, None, 0.0, 0.5)
+    # scores: query 0: (2, -2) · 0.5 · 2 · 0.5 = (1, -1); query 1: 0, 0
+    high = 1 / (1 + math.exp(-2))
+    assert torch.allclose(probabilities, torch.tensor([[[[high, 1 - high], [0.5, 0.5]]]]))
+    # levels of the probabilities: 0.88 is 1, 0.12 is 0; 0.5 is above 0.4, so 1 and 1
+    wanted = 0.8 * 3.0 * torch.tensor([[[[1.0, -1.0], [2.0, 0.0]]]])
+    assert torch.allclose(context, wanted)
+    masked, _ = bits(query, key, value, torch.tensor([[[[True, False]]]]), 0.0, 0.5)
+    assert torch.allclose(masked, 0.8 * 3.0 * torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]]))
+
+
+def test_dropout_comes_before_probabilities_are_rounded() -> None:
+    """0.5 / (1 - 0.6) is 1.25: at α = 2 it reaches the half of α, which 0.5 does not (spec 2.1)."""
+    like = torch.zeros(1)
+    bits = AttentionBits({n: Levels(1, n != "probs") for n in ("query", "key", "value", "probs")}, like)
+    for quantizer in bits.values():
+        nn.init.constant_(quantizer.alpha, 1.0)  # type: ignore[arg-type]
+    nn.init.constant_(bits.of("probs").alpha, 2.0)
+    zeros = torch.zeros(1, 1, 2, 2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        dropped = torch.stack([bits.train()(zeros, zeros, zeros, None, 0.6, 1.0)[0] for _ in range(20)])
+        kept, _ = bits.eval()(zeros, zeros, zeros, None, 0.6, 1.0)
+    assert float(kept.abs().max()) == 0
+    assert set(dropped.unique().tolist()) == {0.0, 2.0, 4.0}

@@ -159,7 +159,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -179,6 +179,10 @@ def attention(
     Returns:
         Context, (batch, tokens, heads, head width), and the probabilities.
     """
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise SecateurError(
+            "Attention on quantised operands takes a tensor as mask: open with attn_implementation='sdpa'."
+        )
     bits = cast(AttentionBits, module.attention_bits)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     context, probabilities = bits(query, key, value, attention_mask, dropout, scaling)
@@ -196,6 +200,22 @@ def implementation() -> str:
 def is_binary(model: nn.Module) -> bool:
     """Whether some of a model's maps are binary."""
     return any(isinstance(module, BinaryLinear) for module in model.modules())
+
+
+@contextmanager
+def plain_tables(model: nn.Module) -> Iterator[None]:
+    """Within the context tables of whole numbers hold their rounded values, so that a graph needs not round them."""
+    tables = [module for module in model.modules() if isinstance(module, RoundedEmbedding)]
+    usual = [table.weight for table in tables]
+    for table in tables:
+        whole, scale = int8_rows(table.weight.detach())
+        table.__class__ = nn.Embedding  # type: ignore[assignment]
+        table.weight = nn.Parameter((whole * scale[:, None]).to(table.weight.dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        for table, weight in zip(tables, usual, strict=True):
+            table.weight, table.__class__ = weight, RoundedEmbedding
 
 
 def quantizers(model: nn.Module) -> list[Quantizer]:

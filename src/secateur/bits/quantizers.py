@@ -75,7 +75,7 @@ def to_levels(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) ->
 def _rounded(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) -> Tensor:
     moved = x if shift is None else x - shift
     if levels.is_sign:
-        return _signs(moved)
+        return _signs(moved) if shift is None else _signs_(moved)
     u = moved.to(torch.promote_types(moved.dtype, torch.float32)) / alpha  # half precision has no ½ above 128
     return u.clamp_(levels.lowest, levels.highest).add_(0.5).floor_().clamp_(max=levels.highest).to(x.dtype)
 
@@ -83,6 +83,11 @@ def _rounded(x: Tensor, alpha: Tensor, shift: Tensor | None, levels: Levels) -> 
 def _signs(x: Tensor) -> Tensor:
     """Sgn(x), with sgn(0) = 1; several times faster than `torch.where` of two numbers."""
     return x.ge(0).to(x.dtype).mul_(2).sub_(1)
+
+
+def _signs_(x: Tensor) -> Tensor:
+    """The same in place, without a tensor of booleans."""
+    return x.ge_(0).mul_(2).sub_(1)
 
 
 class _Rounded(torch.autograd.Function):
@@ -139,7 +144,7 @@ def binarized(weight: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
     values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     over = {"dim": 1, "keepdim": True} if rows else {}
     centre, scale = (part.mean(dtype=torch.float64, **over) for part in (values, values.abs()))
-    signs = _signs(values - centre.to(values.dtype)).to(weight.dtype)
+    signs = _signs_(values - centre.to(values.dtype)).to(weight.dtype)
     scale = scale.clamp_min(LEAST_SCALE).to(weight.dtype)
     if torch.is_grad_enabled() and weight.requires_grad:
         signs = cast(Tensor, _Through.apply(weight, signs, scale))

@@ -88,6 +88,8 @@ class Binarize:
         _plain(model)
         if self.relu:
             _use_relu(found)
+        elif not self._reads_relu(model) and _has_relu(found):
+            raise SecateurError("The layers have a ReLU in place of their activation already: binarize with relu=True.")
         from_relu = {path_of(model, site.output) for site in found.neurons} if self._reads_relu(model) else set()
         base = base_of(model)[0]
         for name in self.maps_in(model):
@@ -195,18 +197,7 @@ class Binarize:
         prefix = base_of(model)[1]
         names = [name for key in self._keys(model) for name in (key, f"{key}_scale")]
         names += [key for key in state if key.endswith((".alpha", ".shift")) and "_bits." in key]
-        return {name.removeprefix(prefix): _hash(state[name]) for name in names}
-
-    def damaged(self, stored: Mapping[str, str], model: nn.Module) -> str | None:
-        """The first tensor, as it was read, that is not what was stored; None if all are.
-
-        Numbers that were read in another precision than they were stored in are not compared.
-        """
-        for name, found in self.checksums(model.state_dict(), model).items():
-            wanted = stored.get(name, "")
-            if found != wanted and not (found[:8] != wanted[:8] and wanted.startswith("float")):
-                return name
-        return None
+        return {name.removeprefix(prefix): checksum(state[name]) for name in names}
 
     def weights(self, model: nn.Module) -> list[str]:
         """Names, in the whole model, of the weights that are stored in another form."""
@@ -280,6 +271,11 @@ def _use_relu(found: Sites) -> None:
                     setattr(parent, name, ACT2FN["relu"])
 
 
+def _has_relu(found: Sites) -> bool:
+    kind = type(ACT2FN["relu"])
+    return any(isinstance(module, kind) for site in found.neurons for module in site.layer_module.modules())
+
+
 def _plain(model: nn.Module) -> None:
     """Take all quantisers out of a model, in place; shifts wait for the next ones. A ReLU stays."""
     own = {bits: usual for usual, bits in OWN.items()}
@@ -298,7 +294,8 @@ def _plain(model: nn.Module) -> None:
                 module.config = cast(AttentionConfig, module.config).under
 
 
-def _hash(tensor: Tensor) -> str:
+def checksum(tensor: Tensor) -> str:
+    """Dtype and hash of a tensor's bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{str(tensor.dtype).removeprefix('torch.')} {hashlib.sha256(data).hexdigest()[:32]}"
 
@@ -307,6 +304,10 @@ def _check(model: nn.Module) -> Sites:
     found = sites(model)
     if hasattr(model, "secateur"):
         raise SecateurError("This model eliminates tokens, which 1-bit attention cannot do: binarize another one.")
+    if getattr(getattr(model, "config", None), "is_decoder", False):
+        raise UnsupportedModel(
+            "This model is used as a decoder, and 1-bit attention looks both ways: binarize encoders."
+        )
     if not found.family.plain_products:
         raise UnsupportedModel(
             f"{found.family.name} cannot be binarized: its attention is more than products of queries, keys and values."

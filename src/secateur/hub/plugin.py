@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from secateur.edits import STORED, Binarize, Edit, Sparsify, apply_edits, edits_from_dicts, merge
+from secateur.edits.binarize import checksum
 from secateur.edits.tokens import ATTRIBUTE
 from secateur.errors import InvalidModel
 from secateur.families import sites
@@ -78,8 +79,11 @@ class SecateurQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._checksums: dict[str, str] = {}
+        self._found: dict[str, str] = {}
         stored = [self._check_digest(Path(file)) for file in kwargs.get("checkpoint_files") or ()]
         self._reading = any(stored)  # weights that something else wrote beside these edits carry no guard
+        if self._reading and any(isinstance(edit, Binarize) for edit in self._storing()):
+            self._check_bits()
         apply_edits(model, self.quantization_config.edits, empty=True)
         if self._reading and self._guarded():
             owner, name = guarded_parameter(model)
@@ -97,8 +101,6 @@ class SecateurQuantizer(HfQuantizer):
             model.register_load_state_dict_pre_hook(_unguard)
         for edit in self._storing():
             if self._reading:
-                if isinstance(edit, Binarize) and (damaged := edit.damaged(self._checksums, model)):
-                    raise InvalidModel(f"'{damaged}' is not what the model was saved with: the file is damaged.")
                 edit.restore(model, cast(PreTrainedModel, model).dtype)
             model.register_load_state_dict_pre_hook(_densify)
         self._reading = False
@@ -116,15 +118,28 @@ class SecateurQuantizer(HfQuantizer):
             raise InvalidModel(f"{file.name} is not a safetensors file: secateur opens no pickled weights.")
         with safe_open(file, framework="pt") as weights:
             metadata = weights.metadata() or {}
+            wanted = json.loads(metadata.get(_CHECKSUM, "{}"))
+            for key in weights.keys() if wanted else ():
+                name = key if key in wanted else key.partition(".")[2]  # with or without the base model's name
+                if name in wanted:
+                    self._found[name] = checksum(weights.get_tensor(key))
+        self._checksums |= wanted
         stored = metadata.get(_DIGEST)
-        if _CHECKSUM in metadata:
-            self._checksums |= json.loads(metadata[_CHECKSUM])
         if stored is not None and stored != self.quantization_config.digest:
             raise InvalidModel(
                 f"The edits in config.json are not those {file.name} was saved with: restore config.json or "
                 f"compress again."
             )
         return stored is not None
+
+    def _check_bits(self) -> None:
+        """Compare the binary part, as it is stored, with what was written."""
+        wanted = self._checksums
+        damaged = next(
+            (name for name in wanted if self._found.get(name) != wanted[name]), None if wanted else "checksum"
+        )
+        if damaged is not None:
+            raise InvalidModel(f"'{damaged}' is not what the model was saved with: the file is damaged.")
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
         self.quantization_config.edits = edits_of(model)

@@ -92,6 +92,8 @@ class Bit:
     def run(self, job: Job) -> Outcome:
         """Binarize and train, step by step."""
         steps = self._steps(job.model, job.constraints)
+        if frozen := [name for name, parameter in job.model.named_parameters() if not parameter.requires_grad]:
+            raise SecateurError(f"bit: {frozen[0]} is frozen, and binarizing trains every weight: let it train.")
         batches = job.calibration(self.batches, 32, max_length=self.max_length)
         model, teacher = copy.deepcopy(job.model), copy.deepcopy(job.model)
         if self.augment is not None:
@@ -102,7 +104,7 @@ class Bit:
                 model,
                 batches,
                 count,
-                mixed=self._mixed() if count == steps[-1] else None,
+                mixed=self._mixed() if number == len(steps) else None,
                 embeddings=self._embeddings(model),
                 rows=self.rows,
                 two_sets=self.two_sets,
@@ -139,10 +141,10 @@ class Bit:
         last = max((count for count in BITS if count <= limit), default=0)
         if not last:
             raise InvalidBudget(f"bits<={limit:g} is out of reach: an activation has at least 1 bit.")
-        bits_of(model, last, self._mixed())  # what does not fit is found before anything is trained
+        sites = bits_of(model, last, self._mixed())  # what does not fit is found before anything is trained
         if high := [f"{name}={count}" for name, count in self._mixed().items() if count > limit]:
             raise InvalidBudget(f"bit: mixed has {high[0]}, above the budget bits<={limit:g}: raise the budget.")
-        return [*(count for count in self._before() if count > last), last]
+        return [*(count for count in self._before() if count > min(sites.values())), last]
 
     def _before(self) -> list[int]:
         """Bits of the steps before the last."""
@@ -157,9 +159,13 @@ class Bit:
     def _mixed(self) -> dict[str, int]:
         """Bits by expression."""
         pairs = [pair.rpartition("=") for pair in (self.mixed or "").split(",") if pair.strip()]
-        if not all(name.strip() and count.strip().isdigit() for name, _, count in pairs):
+        if not all(name.strip() and count.strip().isdecimal() for name, _, count in pairs):
             raise SecateurError(f"bit: mixed is such as '.=1, :probs=4', not {self.mixed!r}.")
-        return {name.strip(): int(count) for name, _, count in pairs}
+        found: dict[str, int] = {}
+        for name, _, count in pairs:
+            found.pop(name.strip(), None)  # of an expression that comes again the last place counts
+            found[name.strip()] = int(count)
+        return found
 
     def _embeddings(self, model: PreTrainedModel) -> Embeddings:
         """The table of words as asked for; of a model that reads none, as it is."""

@@ -23,7 +23,13 @@ BEST = "best.safetensors"
 
 
 class LatentWeights(TrainerCallback):
-    """Keeps the float weights behind the bits beside a checkpoint, which itself holds bits, and goes on from them."""
+    """Keeps the float weights behind the bits beside a checkpoint, which itself holds bits, and goes on from them.
+
+    Attributes:
+        checkpoint: the folder that training goes on from, if it is not one of the trainer's own `output_dir`.
+    """
+
+    checkpoint: Path | None = None
 
     def on_save(
         self,
@@ -49,7 +55,7 @@ class LatentWeights(TrainerCallback):
         """Read them, if training goes on; without them it goes on from ±s, with a warning."""
         if model is None or state.global_step == 0 or not (latent := _latent(model)):
             return
-        file = _folder(args, state) / LATENT
+        file = (self.checkpoint or _folder(args, state)) / LATENT
         if not file.is_file():
             warnings.warn(f"{file} is missing: training goes on from the bits, not from the weights.", stacklevel=2)
             return

@@ -164,7 +164,8 @@ class CompressionTrainer(Trainer):
         scale_lr: float | None = None,
         **kwargs: Any,
     ) -> None:
-        first = [StopsWhenDiverged(), LatentWeights(), *([] if pruning is None else [pruning])]
+        self.latent = LatentWeights()
+        first = [StopsWhenDiverged(), self.latent, *([] if pruning is None else [pruning])]
         kwargs["callbacks"] = [*first, *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
         self.scale_lr = scale_lr
@@ -172,6 +173,11 @@ class CompressionTrainer(Trainer):
         self.objective: Objective | None = objective
         if objective is not None:
             self.loss_is_scaled_for_ga = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as any `Trainer`; latent weights of a binary model are read from the folder that it goes on from."""
+        self.latent.checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the objective's loss in training, the model's own without one and in evaluation.

@@ -39,7 +39,7 @@ def distilled(teacher: PreTrainedModel, weight: float, temperature: float = 2.0)
         decodes = teacher.config.is_encoder_decoder  # what it reads follows from the labels
         with torch.no_grad():
             wanted = teacher(**{name: tensor for name, tensor in batch.items() if decodes or name != "labels"})
-        pairs = [_counted(*pair, batch) for pair in zip(_logits(found), _logits(wanted), strict=True)]
+        pairs = [_counted(*pair, batch) for pair in _pairs(found, wanted)]
         distance = torch.stack([output_distance(*pair, temperature) for pair in pairs]).mean()
         loss: torch.Tensor = (1 - weight) * found.loss + weight * distance
         return loss
@@ -67,7 +67,7 @@ def imitated(teacher: PreTrainedModel) -> Objective:
             teacher.to(found.hidden_states[0].device)
         with torch.no_grad():
             wanted = teacher(**inputs, output_hidden_states=True)
-        pairs = [_counted(*pair, batch) for pair in zip(_logits(found), _logits(wanted), strict=True)]
+        pairs = [_counted(*pair, batch) for pair in _pairs(found, wanted)]
         loss = torch.stack([output_distance(*pair, 1.0) / pair[0].shape[-1] for pair in pairs]).sum()
         for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
             loss = loss + nn.functional.mse_loss(_real(one, inputs), _real(other, inputs))
@@ -100,11 +100,28 @@ def _logits(outputs: Any) -> list[torch.Tensor]:
     return [outputs.logits]
 
 
+def _pairs(found: Any, wanted: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The outputs of a student, each with its teacher's.
+
+    Raises:
+        SecateurError: they are of different heads.
+    """
+    mine, other = _logits(found), _logits(wanted)
+    if [logits.shape for logits in mine] != [logits.shape for logits in other]:
+        shapes = [" and ".join(str(tuple(each.shape)) for each in each_one) for each_one in (other, mine)]
+        raise SecateurError(
+            f"The teacher's outputs are {shapes[0]}, the student's {shapes[1]}: distil from a model with the same head."
+        )
+    return list(zip(mine, other, strict=True))
+
+
 def _counted(
     logits: torch.Tensor, wanted: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs of a student and its teacher; of a class for each word only those that count."""
     if logits.dim() == 3:
+        if "labels" not in batch:
+            raise SecateurError("Outputs for each word need labels, which say what words count.")
         counted = batch["labels"] != IGNORED
         return logits[counted], wanted[counted]
     return logits, wanted
