@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +152,19 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"no real data and models at {folder}: set SECATEUR_SHARED")
     return folder
+
+
+def in_processes(count: int, code: str, folder: Path, *arguments: str) -> None:
+    """Run Python code in so many processes that train together over gloo; it gets the folder and the arguments."""
+    script = folder / "train.py"
+    script.write_text(code)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"] if count > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(folder), *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -32,7 +32,7 @@ from secateur.errors import InvalidBudget, SecateurError
 from secateur.run import Job
 from secateur.tasks import batches
 from secateur.train import CompressionTrainer, KeepBest, Settings, distilled, fit, imitated
-from tests.conftest import ENCODERS, tiny_batch, tiny_model
+from tests.conftest import ENCODERS, in_processes, tiny_batch, tiny_model
 from tests.contract.test_bits import BINARY, logits
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
 
@@ -373,17 +373,7 @@ save_file(kept | last | {"seen": torch.tensor(seen)}, f"{sys.argv[1]}/{dist.get_
 
 def test_two_processes_end_with_the_best_epoch(tmp_path: Path) -> None:
     """Data parallel over gloo: each process sees its own half of the rows, and both end with one model."""
-    (tmp_path / "train.py").write_text(PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "train.py"), str(tmp_path)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_processes(2, PARALLEL, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert not torch.equal(first.pop("seen"), second.pop("seen"))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -25,7 +25,7 @@ from secateur.edits.tokens import dial_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.methods.late import Turning
 from secateur.subnetwork import SubNetwork
-from tests.conftest import tiny_model
+from tests.conftest import in_processes, tiny_model
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
 from tests.contract.test_tokens import ENCODERS
 
@@ -310,17 +310,7 @@ save_file({**model.state_dict(), "seen": seen, "alpha": torch.tensor(dial.alpha)
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """Data parallel over gloo: each process sees its own half of the rows, the dial turns alike, the weights agree."""
-    (tmp_path / "train.py").write_text(PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "train.py"), str(tmp_path)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_processes(2, PARALLEL, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert len(first["seen"]) == len(second["seen"]) == 8  # 64 rows, 8 at a time, in two processes, twice
     assert not torch.equal(first.pop("seen"), second.pop("seen"))

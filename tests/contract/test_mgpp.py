@@ -32,7 +32,7 @@ from secateur import hub
 from secateur.errors import InvalidBudget, InvalidData, InvalidModel, SecateurError
 from secateur.sparsity.weights import prunable, sparsity
 from secateur.train import Pruning, PruningSettings, distilled
-from tests.conftest import ENCODERS, tiny_model
+from tests.conftest import ENCODERS, in_processes, tiny_model
 from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
 
 MGPP: dict[str, Any] = dict(epochs=3, lr=1e-3, batch_size=16, interval=2)
@@ -429,13 +429,8 @@ save_file({name: w.detach().clone() for name, w in prunable(model).items()},
 @pytest.mark.parametrize(("score", "prior"), [("magnitude", True), ("platon", False)])
 def test_two_processes_choose_the_masks_of_one(score: str, prior: bool, tmp_path: Path) -> None:
     """Data parallel over gloo, half of each batch in each process."""
-    (tmp_path / "train.py").write_text(PARALLEL)
-    script = [str(tmp_path / "train.py"), str(tmp_path), score, str(prior)]
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script, "4"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    for command in (two, [sys.executable, *script, "8"]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    for processes, batch in ((2, "4"), (1, "8")):
+        in_processes(processes, PARALLEL, tmp_path, score, str(prior), batch)
     one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     differ = sum(int(((one[name] == 0) != (first[name] == 0)).sum()) for name in one)

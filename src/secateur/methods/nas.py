@@ -211,6 +211,6 @@ class Nas:
             reached = ", ".join(f"{c.kind} {cost:.4g}" for c, cost in zip(limits, nearest.costs, strict=True))
             raise InvalidBudget(
                 f"None of {len(points)} candidates meets the budget (the nearest has {reached}): raise evaluations, or "
-                "ask for more."
+                "allow more."
             )
         return min(meets, key=lambda p: (p.error, p.costs))
