@@ -149,6 +149,24 @@ def test_scores_of_movement_by_hand() -> None:
     assert _scores("movement", grads, torch.tensor([1.0, 2.0, -4.0])).tolist() == pytest.approx([-3.0, 8.0, 4.0])
 
 
+def test_the_pull_is_added_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers whatever the parts, also of a weight or a gradient with gaps: gradient + pull / N."""
+    monkeypatch.setattr("secateur.train.pruning.PART", 100)
+    model: Any = tiny_model("bert")
+    dense = model.bert.encoder.layer[0].intermediate.dense
+    dense.weight = torch.nn.Parameter(dense.weight.detach().T.contiguous().T)
+    pruning = Pruning(0.5, PruningSettings(before=0.0, after=0.0), examples=50)
+    state, control, options = TrainerState(max_steps=100), TrainerControl(), arguments(Path("unused"))
+    pruning.on_train_begin(options, state, control, model=model)
+    for parameter in pruning.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    model.bert.encoder.layer[1].intermediate.dense.weight.grad = torch.ones(32, 48).T
+    pruning.on_pre_optimizer_step(options, state, control)
+    for name, parameter in pruning.parameters.items():
+        wanted = 1 + pruning.prior_at(0, name).pull(parameter.detach()) / 50
+        assert torch.allclose(parameter.grad, wanted, rtol=1e-6)  # type: ignore[arg-type]
+
+
 def test_a_step_without_scores_is_waited_for() -> None:
     model: Any = tiny_model("bert")
     pruning = Pruning(0.5, PruningSettings(score="platon", prior=False, interval=1, before=0.0, after=0.0))

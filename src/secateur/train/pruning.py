@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from secateur.train.finite import StopsWhenDiverged, check_finite
 
 STATE = "pruning.safetensors"
 FEW = 10  # choices: with fewer a warning
+PART = 1 << 17  # weights that the prior pulls on at a time
 
 
 class Pruning(StopsWhenDiverged):
@@ -173,10 +174,15 @@ class Pruning(StopsWhenDiverged):
             return
         squares = self.groups.squares({name: parameter.detach() for name, parameter in self.parameters.items()})
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                size = squares(name)  # half precision is computed in float32, where w² does not vanish
-                precision = self.prior_at(step, name).precision(parameter.float().square() if size is None else size)
-                parameter.grad.addcmul_(parameter, precision, value=strength / self.count)
+            if parameter.grad is None:
+                continue
+            prior, size, weight = self.prior_at(step, name), squares(name), parameter.detach()
+            if size is not None:
+                parameter.grad.addcmul_(weight, prior.precision(size), value=strength / self.count)
+                continue
+            for part, grad in zip(*_in_parts(weight, parameter.grad), strict=True):
+                # half precision is computed in float32, where w² does not vanish
+                grad.addcmul_(part, prior.precision(part.float().square()), value=strength / self.count)
 
     def prior_at(self, step: int, name: str) -> MixturePrior:
         """The prior of a matrix's weights at a step."""
@@ -325,6 +331,13 @@ class Pruning(StopsWhenDiverged):
     def sparsities(self) -> dict[str, float]:
         """Share of zeros of each matrix."""
         return {name: sparsity({name: parameter}) for name, parameter in self.parameters.items()}
+
+
+def _in_parts(*tensors: Tensor) -> list[Sequence[Tensor]]:
+    """Tensors in parts that stay in a core's cache from one pass over them to the next; whole, if one has gaps."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return [(tensor,) for tensor in tensors]
+    return [tensor.view(-1).split(PART) for tensor in tensors]
 
 
 def _peak(optimizer: Any, parameters: Iterable[nn.Parameter], usual: float) -> float:
