@@ -176,7 +176,8 @@ class CompressionTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as any `Trainer`; latent weights of a binary model are read from the folder that it goes on from."""
-        self.latent.checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        named = isinstance(resume_from_checkpoint, (str, os.PathLike))  # else True: the last one of `output_dir`
+        self.latent.checkpoint = Path(str(resume_from_checkpoint)) if named else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
