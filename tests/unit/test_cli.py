@@ -129,7 +129,7 @@ def test_unknown_architecture(work: Path, capsys: pytest.CaptureFixture[str], mo
 
 def test_list_measure_and_evaluate_print_json(work: Path) -> None:
     found = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
-    assert set(found["methods"]) == {"optin", "ptf", "late", "mgpp", "bit", "baseline"}
+    assert set(found["methods"]) == {"optin", "ptf", "late", "mgpp", "bit", "nas", "baseline"}
     assert "sst2" in found["tasks"]
     measured = json.loads(
         runner.invoke(app, ["measure", "model", "--tokens", "8", "--seconds", "0.1", "--json"]).stdout

@@ -121,8 +121,7 @@ class SecateurQuantizer(HfQuantizer):
             wanted = json.loads(metadata.get(_CHECKSUM, "{}"))
             for key in weights.keys() if wanted else ():
                 name = key if key in wanted else key.partition(".")[2]  # with or without the base model's name
-                if name in wanted:
-                    self._found[name] = checksum(weights.get_tensor(key))
+                self._found[name] = checksum(weights.get_tensor(key))
         self._checksums |= wanted
         stored = metadata.get(_DIGEST)
         if stored is not None and stored != self.quantization_config.digest:
@@ -133,11 +132,13 @@ class SecateurQuantizer(HfQuantizer):
         return stored is not None
 
     def _check_bits(self) -> None:
-        """Compare the binary part, as it is stored, with what was written."""
-        wanted = self._checksums
-        damaged = next(
-            (name for name in wanted if self._found.get(name) != wanted[name]), None if wanted else "checksum"
-        )
+        """Compare the binary part, as it is stored, with what was written; some families store it by other names."""
+        there = set(self._found.values())
+        damaged = None if self._checksums else "checksum"
+        for name, wanted in self._checksums.items():
+            if self._found.get(name, wanted) != wanted or wanted not in there:
+                damaged = name
+                break
         if damaged is not None:
             raise InvalidModel(f"'{damaged}' is not what the model was saved with: the file is damaged.")
 
