@@ -322,6 +322,24 @@ def test_damaged_bits_are_refused(damage: str, tmp_path: Path) -> None:
         hub.open_model(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["flip", "drop"])
+def test_damaged_bits_of_other_names_are_refused(damage: str, tmp_path: Path) -> None:
+    """ViT is stored under other names than its modules have."""
+    binary("vit").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("attention.attention.query.weight"))
+    if damage == "flip":
+        tensors[name][3, 0] ^= 4
+    else:
+        del tensors[name]
+    save_file(tensors, file, metadata)
+    with pytest.raises(InvalidModel, match="q_proj.weight' is not what the model was saved with"):
+        auto_class("vit").from_pretrained(tmp_path)
+
+
 def test_bits_are_checked_whatever_the_precision(tmp_path: Path) -> None:
     """Stored in one precision and read in another; a changed scale is noticed in all."""
     for stored in (torch.float32, torch.bfloat16):
