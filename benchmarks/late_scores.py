@@ -22,8 +22,8 @@ from torch import Tensor
 from secateur.edits.tokens import dial_of
 from secateur.methods import Late
 from secateur.methods.late import outputs
+from secateur.optimize.tokens import relative_change
 from secateur.run import Job, Run
-from secateur.search.tokens import relative_change
 from secateur.tasks import median_tokens
 
 SCORES: dict[str, dict[str, Any]] = {

@@ -21,8 +21,8 @@ from secateur.costs.analytic import macs
 from secateur.costs.budget import Budget, constraints
 from secateur.costs.latency import time_interleaved
 from secateur.edits import Slice, apply_edits
+from secateur.optimize.allocate import allocate
 from secateur.scores.baselines import random_scores
-from secateur.search.allocate import allocate
 from secateur.subnetwork import SubNetwork
 
 SHAPES = {

@@ -13,11 +13,12 @@ import secateur.hub as _plug_in  # noqa: F401  (registers with transformers)
 
 if TYPE_CHECKING:
     from secateur import families
-    from secateur.api import compress, dial, evaluate, export, finetune, measure
+    from secateur.api import compress, dial, evaluate, export, finetune, measure, search
     from secateur.binary import binarize
     from secateur.bits.integer import packed_twin
     from secateur.edits import DropTokens, Slice, apply_edits
     from secateur.edits.sparsify import hold_zeros
+    from secateur.front import Front
     from secateur.methods.bit import Bit
     from secateur.methods.late import Late
     from secateur.methods.mgpp import Mgpp
@@ -37,6 +38,7 @@ _HOME = {
     "Bit": "methods.bit",
     "CompressionTrainer": "train",
     "DropTokens": "edits",
+    "Front": "front",
     "Late": "methods.late",
     "Mgpp": "methods.mgpp",
     "Nas": "methods.nas",
@@ -60,6 +62,7 @@ _HOME = {
     "load_task": "tasks",
     "measure": "api",
     "packed_twin": "bits.integer",
+    "search": "api",
     "slice_zeros": "zeros",
     "sparsify": "zeros",
 }
@@ -68,6 +71,7 @@ __all__ = [
     "Bit",
     "CompressionTrainer",
     "DropTokens",
+    "Front",
     "Late",
     "Mgpp",
     "Nas",
@@ -93,6 +97,7 @@ __all__ = [
     "load_task",
     "measure",
     "packed_twin",
+    "search",
     "slice_zeros",
     "sparsify",
 ]

@@ -1,4 +1,4 @@
-"""The verbs: compress, measure, evaluate, export, finetune, and the plan of a compression."""
+"""The verbs: compress, search, measure, evaluate, export, finetune, and the plan of a compression."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from secateur.given import TaskLike, judged_by, live, opened, setting_of
 from secateur.report import write_dial
 from secateur.results import measured, versions
 from secateur.runtime.choice import ROWS, choose_kernels, time_kernels
+from secateur.searching import search
 from secateur.subnetwork import SubNetwork
 from secateur.tasks import Evaluation, check_labels, load_task
 from secateur.tasks import evaluate as evaluate_model
 from secateur.train import finetune
 
-__all__ = ["compress", "dial", "evaluate", "export", "finetune", "measure", "plan"]
+__all__ = ["compress", "dial", "evaluate", "export", "finetune", "measure", "plan", "search"]
 
 SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0, 4.8)
 """Settings of a dial that its table shows."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +10,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import hub
-from secateur.bits.modules import is_binary
 from secateur.costs.analytic import encoder_params, file_bytes, macs, params
 from secateur.costs.budget import Budget, Constraint, constraints
 from secateur.costs.latency import Timing, time_interleaved
-from secateur.costs.machine import fingerprint as machine_fingerprint
-from secateur.edits import BINARY
-from secateur.edits.tokens import at_rest
-from secateur.errors import SecateurError
 from secateur.families import sites
-from secateur.given import TaskLike, judged_by, length_of, opened, setting_of
-from secateur.methods import Bit, method_of
-from secateur.results import Result, measured, versions, vocabulary_digest, weights_digest
-from secateur.run import Job, Method, Run
-from secateur.search.allocate import allocate
+from secateur.given import TaskLike, length_of, opened, setting_of
+from secateur.methods import method_of
+from secateur.optimize.allocate import allocate
+from secateur.results import Result, measured
+from secateur.run import Method
+from secateur.starting import settings_of, start
 from secateur.subnetwork import SubNetwork, UnitScores
-from secateur.tasks import Evaluation, Task, check_labels, load_task
-from secateur.tasks import evaluate as evaluate_model
-from secateur.tasks import fingerprint as data_fingerprint
-from secateur.tasks.metrics import compute, paired_bootstrap
+from secateur.tasks import check_labels, load_task
+from secateur.tasks.metrics import paired_bootstrap
 
 COUNTED = {"size": "bytes", "latency": "latency_ms"}
 """Names in `predicted` of the kinds of budget, where they differ."""
@@ -78,77 +69,51 @@ def compress(
     """
     chosen = method_of(method)
     asked = Budget.parse(chosen.usual_budget if budget is None else budget)
-    asked.check_kinds(chosen.budgets, chosen.name)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SecateurError(
-            "compress runs in one process: for several use CompressionTrainer, with what the method puts into it, in a "
-            "training of your own."
-        )
-    if resume and out is None:
-        raise SecateurError("Resuming needs the folder of the run that was killed: give out=.")
-    if out is not None:
-        hub.check_target(out, "result.json", "" if isinstance(model, PreTrainedModel) else str(model))
-    data = load_task(task, seed=seed)
-    source, net, words = opened(model, tokenizer, data)
-    net = at_rest(net)
-    if is_binary(net) and not isinstance(chosen, Bit):
-        raise SecateurError(BINARY)
-    data = check_labels(data, net)
-    rows = judged_by(data, split)
-    length = length_of(data, net, words, tokens)
-    identity = {
-        "model": weights_digest(net),
-        "task": [data_fingerprint(data), data.kind, list(data.metrics)],
-        "tokenizer": vocabulary_digest(words),
-        "method": _settings(chosen),
-        "budget": asked.describe(),
-        "setting": [batch, length, seed, rows, torch.get_num_threads(), str(net.device), str(net.dtype)],
-        "versions": versions(),
-    }
-    run = Run(_run_folder(out), identity, resume=resume)
-    limits = _limits(run, asked, net, batch, length, chosen.cuts_units)
-    job = Job(net, words, data, limits, run, batch, length, seed, progress)
-    before = _judged(run, "evaluate before", net, words, data, rows, progress)
+    started = start(
+        model,
+        chosen,
+        asked,
+        task=task,
+        out=out,
+        mark="result.json",
+        verb="compress",
+        tokenizer=tokenizer,
+        split=split,
+        batch=batch,
+        tokens=tokens,
+        seed=seed,
+        resume=resume,
+        progress=progress,
+    )
+    job = started.job
+    net, data, length, limits, run = job.model, job.task, job.tokens, job.constraints, job.run
+    before = started.judged("evaluate before", net)
     outcome = chosen.run(job)
-    after = _judged(run, "evaluate after", outcome.model, words, data, rows, progress)
+    after = started.judged("evaluate after", outcome.model)
     timings = run.timed(
         "measure", lambda: time_interleaved({"before": net, "after": outcome.model}, batch, length, seconds=seconds)
     )
     predicted = outcome.predicted or _predicted(net, batch, length, outcome.subnetwork, limits)
+    record = started.record("compress")
+    record["task"]["difference"] = paired_bootstrap(
+        data.metric, before.logits, after.logits, before.labels, names=data.label_names or ()
+    )
     result = Result(
+        **record,
         name=f"{chosen.name} {asked.describe()}",
-        source=source,
-        task={
-            "name": data.name,
-            "kind": data.kind,
-            "metric": data.metric,
-            "split": rows,
-            "examples": len(data.split(rows)),
-            "difference": paired_bootstrap(
-                data.metric, before.logits, after.logits, before.labels, names=data.label_names or ()
-            ),
-        },
-        method=_settings(chosen),
         budget=_reached(asked, limits, predicted, timings),
         before=measured(net, batch, length, before.metrics, timings["before"]),
         after=measured(outcome.model, batch, length, after.metrics, timings["after"]),
         predicted=predicted,
         latency_setting=setting_of(timings["after"]),
         seconds=run.seconds,
-        seed=seed,
-        versions=versions(),
-        machine=machine_fingerprint(),
-        data={"fingerprint": data_fingerprint(data), "splits": {k: len(v) for k, v in data.splits().items()}},
-        command=shlex.join(["secateur", *sys.argv[1:]])
-        if Path(sys.argv[0]).name == "secateur"
-        else "secateur.compress",
         edits=[edit.to_dict() for edit in hub.edits_of(outcome.model)],
         subnetwork=outcome.subnetwork.to_dict(),
         blocks={"heads": [s.name for s in sites(net).heads], "neurons": [s.name for s in sites(net).neurons]},
         scores=_scores(outcome.scores),
         model=outcome.model,
-        tokenizer=words,
-        given_bytes=hub.given_bytes(source),
+        tokenizer=job.tokenizer,
+        given_bytes=hub.given_bytes(started.source),
     )
     if out is not None:
         result.save(out)
@@ -187,7 +152,7 @@ def plan(
     sub = _if_alike(limits, full, getattr(chosen, "multiple", 1)) if chosen.cuts_units else None
     return {
         "model": source,
-        "method": _settings(chosen),
+        "method": settings_of(chosen),
         "limits": [
             {"kind": c.kind, "limit": c.limit, "before": c.cost.of(full)}
             | ({"predicted": c.cost.of(sub)} if sub else {})
@@ -200,48 +165,15 @@ def plan(
     }
 
 
-def _if_alike(limits: list[Constraint], full: SubNetwork, multiple: int) -> SubNetwork:
+def _if_alike(limits: Sequence[Constraint], full: SubNetwork, multiple: int) -> SubNetwork:
     """What a budget leaves if every unit of a kind matters alike."""
     heads, neurons = full.masks()
     share = sum(map(len, heads)) / max(sum(map(len, neurons)), 1)
     return allocate(UnitScores(heads, [share * mask for mask in neurons]), limits, multiple=multiple)
 
 
-def _run_folder(out: str | Path | None) -> Path | None:
-    """Where the stages of the run that writes `out` are kept: beside it."""
-    return None if out is None else Path(out).resolve().with_name(f"{Path(out).resolve().name}.run")
-
-
-def _limits(run: Run, asked: Budget, model: PreTrainedModel, batch: int, tokens: int, units: bool) -> list[Constraint]:
-    """The budget resolved on this model; limits in milliseconds are kept, since they are measured."""
-    limits = constraints(asked, model, batch, tokens, units=units)
-    kept: list[float] = run.record("limits", lambda: [constraint.limit for constraint in limits])
-    return [replace(constraint, limit=limit) for constraint, limit in zip(limits, kept, strict=True)]
-
-
-def _settings(method: Method) -> dict[str, Any]:
-    return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
-
-
-def _judged(
-    run: Run,
-    stage: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Task,
-    split: str,
-    progress: bool,
-) -> Evaluation:
-    def outputs() -> dict[str, torch.Tensor]:
-        found = evaluate_model(model, tokenizer, data, split, progress=progress)
-        return {"logits": found.logits, "labels": found.labels}
-
-    kept = run.tensors(stage, outputs)
-    return Evaluation(compute(data, kept["logits"], kept["labels"]), kept["logits"], kept["labels"])
-
-
 def _predicted(
-    model: PreTrainedModel, batch: int, tokens: int, sub: SubNetwork, limits: list[Constraint]
+    model: PreTrainedModel, batch: int, tokens: int, sub: SubNetwork, limits: Sequence[Constraint]
 ) -> dict[str, float]:
     found = {
         "macs": macs(model, batch, tokens).of(sub),
@@ -254,7 +186,7 @@ def _predicted(
 
 
 def _reached(
-    asked: Budget, limits: list[Constraint], predicted: dict[str, float], timings: dict[str, Timing]
+    asked: Budget, limits: Sequence[Constraint], predicted: dict[str, float], timings: dict[str, Timing]
 ) -> dict[str, Any]:
     """The budget as asked and as reached: counted, or timed beside the model as given."""
     terms = []

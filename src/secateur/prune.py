@@ -9,18 +9,19 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from secateur import hub
 from secateur.costs.latency import time_interleaved
-from secateur.edits import Edit, Slice, apply_edits
+from secateur.edits import Bypass, Edit, Slice, apply_edits
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
+from secateur.optimize.allocate import allocate
 from secateur.repair import fold_scales
 from secateur.repair import rearrange as rearranged
 from secateur.repair import tune as tuned
 from secateur.run import Job, Outcome
 from secateur.scores.trajectory import UnitGradients
-from secateur.search.allocate import allocate
 from secateur.subnetwork import SubNetwork, UnitScores
 
 Tune = Literal["none", "scale", "full"]
@@ -76,6 +77,15 @@ def prune(
     apply_edits(model, edits)
     hub.attach(model, edits)
     return Outcome(model.eval(), edits, sub, scores)
+
+
+def cut_out(model: PreTrainedModel, sub: SubNetwork) -> list[Edit]:
+    """Cut a sub-network out of a super-network, in place; blocks that lose all units become the identity."""
+    bypass = Bypass.of(model, sub)
+    edits: list[Edit] = [Slice(sub), *([bypass] if bypass else [])]
+    apply_edits(model, edits)
+    hub.attach(model.eval(), edits)
+    return edits
 
 
 def _projections(model: nn.Module) -> dict[str, nn.Parameter]:

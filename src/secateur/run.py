@@ -210,8 +210,16 @@ class Run:
             folder.mkdir(parents=True)
             write_json(marker, identity)
 
-    def tensors(self, stage: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The stage's tensors: computed once, then read back bit by bit."""
+    def tensors(
+        self, stage: str, compute: Callable[[], dict[str, Tensor]], *, part_of: str | None = None
+    ) -> dict[str, Tensor]:
+        """The stage's tensors: computed once, then read back bit by bit.
+
+        Args:
+            stage: its name.
+            compute: gives the tensors.
+            part_of: the name under which the stage's seconds are summed up with those of others; its own if None.
+        """
 
         def read(file: Path) -> dict[str, Tensor]:
             return load_file(file)
@@ -219,18 +227,27 @@ class Run:
         def write(file: Path, value: dict[str, Tensor]) -> None:
             save_file({name: tensor.contiguous() for name, tensor in value.items()}, file)
 
-        return self._stage(stage, ".safetensors", compute, read, write)
+        value: dict[str, Tensor] = self._stage(stage, ".safetensors", compute, read, write)
+        self._sum(stage, part_of)
+        return value
 
-    def record(self, stage: str, compute: Callable[[], Any]) -> Any:
-        """The stage's JSON value: computed once, then read back."""
-        return self._stage(stage, ".json", compute, read_json, write_json)
+    def record(self, stage: str, compute: Callable[[], Any], *, part_of: str | None = None) -> Any:
+        """The stage's JSON value: computed once, then read back (`part_of` as for `tensors`)."""
+        value = self._stage(stage, ".json", compute, read_json, write_json)
+        self._sum(stage, part_of)
+        return value
 
-    def timed(self, stage: str, compute: Callable[[], Value]) -> Value:
+    def timed(self, stage: str, compute: Callable[[], Value], *, part_of: str | None = None) -> Value:
         """A value that is not kept, because it belongs to this very process; only its seconds are noted."""
         start = time.perf_counter()
         value = compute()
         self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self._sum(stage, part_of)
         return value
+
+    def _sum(self, stage: str, whole: str | None) -> None:
+        if whole is not None:
+            self.seconds[whole] = round(self.seconds.get(whole, 0.0) + self.seconds.pop(stage), 3)
 
     def _stage(
         self,

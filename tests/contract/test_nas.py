@@ -51,10 +51,10 @@ def test_every_encoder_is_searched(family: str, tmp_path: Path) -> None:
     "settings",
     [
         {"space": "medium"},
-        {"space": "layer", "search": "random"},
-        {"space": "large", "search": "evolution", "evaluations": 30},
-        {"space": "small", "search": "nsga2", "order": False},
-        {"strategy": "distilled", "search": "tpe", "stratified": False},
+        {"space": "layer", "sampler": "random"},
+        {"space": "large", "sampler": "evolution", "evaluations": 30},
+        {"space": "small", "sampler": "nsga2", "order": False},
+        {"strategy": "distilled", "sampler": "tpe", "stratified": False},
         {"strategy": "standard", "holdout": 0.0, "subnetworks": 1},
     ],
 )
@@ -172,11 +172,11 @@ def test_what_was_evaluated_is_not_evaluated_again(monkeypatch: pytest.MonkeyPat
     [
         ({"space": "huge"}, None, "space is small or medium or layer or large"),
         ({"strategy": "x"}, None, "strategy is standard or random or linear or sandwich"),
-        ({"search": "grid"}, None, "search is random or local or evolution or nsga2"),
+        ({"sampler": "grid"}, None, "sampler is random or local or evolution or nsga2"),
         ({"holdout": 1}, None, "holdout is a share, from 0 to below 1"),
         ({"temperature": 0}, None, "temperature is above 0"),
         ({"evaluations": 0}, None, "evaluations is a whole number from 1"),
-        ({"space": "large", "search": "gp"}, None, "many variables|models each of the"),
+        ({"space": "large", "sampler": "gp"}, None, "many variables|models each of the"),
         ({}, "sparsity>=50%", "nas takes no 'sparsity' budget"),
         ({"evaluations": 1}, "macs<=60%", "None of 1 candidates meets the budget .* raise evaluations"),
         ({}, "params<=1%", "nearest feasible budget"),
@@ -186,7 +186,7 @@ def test_bad_settings_and_budgets(settings: dict[str, Any], budget: str | None, 
     kind: Any = InvalidBudget if budget else SecateurError
     with pytest.raises(kind, match=message):
         compress(
-            tiny_model("bert", **({"num_hidden_layers": 30} if settings.get("search") == "gp" else {})),  # type: ignore[arg-type]
+            tiny_model("bert", **({"num_hidden_layers": 30} if settings.get("sampler") == "gp" else {})),  # type: ignore[arg-type]
             Nas(**NAS | settings),
             task=tiny_task(),
             tokenizer=tiny_tokenizer(),

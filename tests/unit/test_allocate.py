@@ -14,8 +14,8 @@ from secateur.costs.analytic import LinearCost
 from secateur.costs.budget import Constraint
 from secateur.costs.latency import Curve, LatencyTable, Timing
 from secateur.errors import InvalidBudget, SecateurError
-from secateur.search.allocate import allocate, widths_of
-from secateur.search.knapsack import solve
+from secateur.optimize.allocate import allocate, widths_of
+from secateur.optimize.knapsack import solve
 from secateur.subnetwork import SubNetwork, UnitScores
 
 TIMING = Timing(1.0, 1.0, 1, 1, "float32", 1, 1)

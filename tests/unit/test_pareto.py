@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.search.pareto import hypervolume, knee, nondominated, quantiles, ranks
+from secateur.optimize.pareto import hypervolume, knee, nondominated, quantiles, ranks
 
 
 @pytest.mark.parametrize(

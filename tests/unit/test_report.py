@@ -294,7 +294,7 @@ def test_tasks_with_different_metrics_get_their_own_charts() -> None:
         other[side] = {**other[side], "metrics": {"spearman": 0.86}}
     figures = Page(render([made(), other])).figures
     assert [name for name in figures if name.startswith("trade")] == [
-        *("trade-macs-0", "trade-latency-0", "trade-macs-1", "trade-latency-1")
+        f"trade-{axis}-{number}" for number in (0, 1) for axis in ("macs", "latency", "bytes")
     ]
 
 

@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 
 from secateur.errors import SecateurError
-from secateur.search.pareto import hypervolume
-from secateur.search.samplers import Name, sampler
-from secateur.search.spaces import Space, Values
+from secateur.optimize.pareto import hypervolume
+from secateur.optimize.samplers import Name, sampler
+from secateur.optimize.spaces import Space, Values
 
 SPACE = Space("small", (4,) * 6, (48,) * 6, 8)
 NAMES: tuple[Name, ...] = get_args(Name)

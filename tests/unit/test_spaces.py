@@ -11,7 +11,7 @@ import pytest
 
 from secateur.errors import SecateurError, UnsupportedModel
 from secateur.families import sites
-from secateur.search.spaces import Kind, Space
+from secateur.optimize.spaces import Kind, Space
 from secateur.subnetwork import SubNetwork
 from tests.conftest import tiny_model
 

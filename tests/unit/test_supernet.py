@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from secateur.errors import SecateurError
 from secateur.families import sites
 from secateur.gates import only
-from secateur.search.spaces import Space
+from secateur.optimize.spaces import Space
 from secateur.train.supernet import Strategy, SuperNetwork, in_place_distillation
 from tests.conftest import tiny_batch, tiny_model
 

@@ -11,7 +11,7 @@ from secateur.costs.dial import interpolated
 from secateur.costs.tokens import LayerCost, TokenCosts, token_costs
 from secateur.edits.tokens import DropTokens
 from secateur.errors import InvalidBudget, InvalidData, SecateurError, UnsupportedModel
-from secateur.search.tokens import UNREAD, Changes, relative_change
+from secateur.optimize.tokens import UNREAD, Changes, relative_change
 from secateur.tokens.layout import Layout
 from secateur.tokens.scores import asking, column_attention, context_size, counts, profile, shares, smoothed
 from tests.conftest import tiny_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,18 +33,19 @@ class LinearCost:
         fixed: cost of everything that is never cut.
         heads: cost of one head of each attention block, in the order of `families.sites`.
         neurons: cost of one neuron of each feed-forward block.
+        empty: what each block, heads before neurons, costs less once it has lost all units (`bypassed`); none if ().
     """
 
     fixed: float
     heads: tuple[float, ...]
     neurons: tuple[float, ...]
+    empty: tuple[float, ...] = ()
 
     def of(self, sub: SubNetwork) -> float:
         """Cost of a sub-network."""
-        return self.fixed + sum(
-            unit * width
-            for unit, width in zip((*self.heads, *self.neurons), (*sub.head_widths, *sub.neuron_widths), strict=True)
-        )
+        widths = (*sub.head_widths, *sub.neuron_widths)
+        units = sum(unit * width for unit, width in zip((*self.heads, *self.neurons), widths, strict=True))
+        return self.fixed + units - sum(less for less, width in zip(self.empty, widths, strict=False) if not width)
 
     def block(self, kind: UnitKind, index: int, widths: Sequence[int]) -> list[float]:
         """Cost of one block at each of the given widths, without the fixed part."""
@@ -135,6 +136,24 @@ def file_bytes(model: nn.Module) -> LinearCost:
     """`size_bytes` and an upper bound on the file's header, so that a limit on the size holds for the file itself."""
     cost = size_bytes(model)
     return LinearCost(cost.fixed + _header_bytes(model), cost.heads, cost.neurons)
+
+
+def bypassed(kind: str, cost: LinearCost, model: nn.Module) -> LinearCost:
+    """A cost of sub-networks whose empty blocks lose bias and norm too (`edits.Bypass`).
+
+    Args:
+        kind: of budget; what counts neither parameters nor bytes stays as it is.
+        cost: of the model's sub-networks.
+        model: the model.
+    """
+    if kind not in ("params", "encoder_params", "size"):
+        return cost
+
+    def spared(site: Site) -> float:
+        tensors = [site.output.bias, *(site.norm.parameters() if site.norm is not None else ())]
+        return sum(t.numel() * (t.element_size() if kind == "size" else 1) for t in tensors if isinstance(t, Tensor))
+
+    return replace(cost, empty=tuple(map(spared, sites(model))))
 
 
 @contextmanager

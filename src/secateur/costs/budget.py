@@ -198,7 +198,7 @@ def constraints(
     full = SubNetwork.full(model)
     resolved = []
     for term in budget.terms:
-        cost = _cost(term.counts, model, batch, tokens)
+        cost = cost_of(term.counts, model, batch, tokens)
         constraint = Constraint(term.kind, term.limit(cost.of(full)), cost, term)
         if units:
             check_feasible(constraint, full)
@@ -223,7 +223,8 @@ def smallest_cost(cost: Cost, full: SubNetwork) -> float:
     return cost.fixed + min(one_head, default=0.0)
 
 
-def _cost(kind: str, model: nn.Module, batch: int, tokens: int) -> Cost:
+def cost_of(kind: str, model: nn.Module, batch: int = 1, tokens: int = 128) -> Cost:
+    """The cost of a model's sub-networks that a kind of budget limits (`Term.counts`)."""
     if kind == "macs":
         return macs(model, batch, tokens)
     if kind == "latency":

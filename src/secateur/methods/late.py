@@ -24,9 +24,9 @@ from secateur.edits import DropTokens
 from secateur.edits.tokens import Dial, dial_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
+from secateur.optimize.tokens import SHARES, Changes, relative_change
 from secateur.progress import progress
 from secateur.run import Job, Outcome
-from secateur.search.tokens import SHARES, Changes, relative_change
 from secateur.subnetwork import SubNetwork
 from secateur.tokens.handover import is_causal
 from secateur.tokens.scores import Acc, Weighting, context_size, profile

@@ -12,21 +12,20 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur import hub
 from secateur.checks import check_fields, check_shares
-from secateur.costs.analytic import encoder_params, file_bytes, params
-from secateur.costs.budget import Constraint
-from secateur.edits import Bypass, Edit, Slice, apply_edits
+from secateur.costs.analytic import LinearCost, bypassed, encoder_params, file_bytes, params
+from secateur.costs.budget import Constraint, Cost, cost_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
 from secateur.gates import only
+from secateur.optimize.points import ERROR, OBJECTIVES, Point, best_of
+from secateur.optimize.samplers import Name, sampler
+from secateur.optimize.spaces import Kind, Space, Values
 from secateur.ordering import sort_units
 from secateur.progress import progress
-from secateur.prune import pack_units, unpack_units
+from secateur.prune import cut_out, pack_units, unpack_units
 from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome
 from secateur.scores.fisher import fisher_scores
-from secateur.search.samplers import Name, sampler
-from secateur.search.spaces import Kind, Space, Values
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import batches, check_labels, evaluate_batches, held_out
 from secateur.tasks.batching import token_limit
@@ -38,18 +37,20 @@ MOST = 2048
 
 
 @dataclass
-class Point:
-    """A sub-network that was evaluated.
+class Searched:
+    """A super-network and what was found in it.
 
     Attributes:
-        sub: its units, in the super-network.
-        error: 1 - metric on the rows held out.
-        costs: what each limit of the budget is on.
+        model: the super-network, sorted and trained.
+        scores: of its units, in their order; None if they were not sorted.
+        points: what was evaluated, each sub-network once.
+        costs: what points are counted by.
     """
 
-    sub: SubNetwork
-    error: float
-    costs: tuple[float, ...]
+    model: PreTrainedModel
+    scores: UnitScores | None
+    points: list[Point]
+    costs: dict[str, Cost]
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Nas:
             which layers stay; "large": which heads and neurons stay.
         strategy: what a step of the super-network's training trains (`train.supernet.SuperNetwork`).
         order: sort heads and neurons by their Fisher information first, so that the first ones are the best ones.
-        search: who proposes candidates: "random", "local", "evolution", "nsga2", "tpe" or "gp".
+        sampler: who proposes candidates: "random", "local", "evolution", "nsga2", "tpe" or "gp".
         evaluations: candidates that are judged.
         stratified: draws are spread over sizes, in "small" and "medium".
         holdout: share of the training rows that candidates are judged by (2,048 at most), so that validation rows stay
@@ -78,7 +79,7 @@ class Nas:
     space: Kind = "small"
     strategy: Strategy = "one-shot"
     order: bool = True
-    search: Name = "local"
+    sampler: Name = "local"
     evaluations: int = 100
     stratified: bool = True
     holdout: float = 0.2
@@ -105,6 +106,29 @@ class Nas:
 
     def run(self, job: Job) -> Outcome:
         """Sort, train the super-network, search it, cut out the best that meets the budget."""
+        limits = {limit.kind: limit.limit for limit in job.constraints}
+        found = self.search(job, (ERROR, *limits))
+        best = best_of(found.points, limits)
+        if best is None:
+            nearest = min(found.points, key=lambda point: point.beyond(limits))
+            reached = ", ".join(f"{kind} {nearest.costs[kind]:.4g}" for kind in limits)
+            raise InvalidBudget(
+                f"None of {len(found.points)} candidates meets the budget (the nearest has {reached}): raise "
+                "evaluations, or allow more."
+            )
+        edits = cut_out(found.model, best.sub)
+        full = SubNetwork.full(found.model)
+        counted = {"encoder_params": encoder_params(found.model).of(full), "bytes": file_bytes(found.model).of(full)}
+        latency = {"latency_ms": best.costs["latency"]} if "latency" in best.costs else {}
+        return Outcome(found.model, edits, best.sub, found.scores, job.costs(found.model) | counted | latency)
+
+    def search(self, job: Job, objectives: Sequence[str]) -> Searched:
+        """Sort, train the super-network, and evaluate candidates that lessen some objectives within the job's limits.
+
+        Args:
+            job: the model, its task, and limits that a candidate should keep.
+            objectives: of `optimize.points.OBJECTIVES`.
+        """
         space = Space.of(self.space, sites(job.model), self.multiple)
         task = check_labels(job.task, job.model)
         if self.holdout:
@@ -115,16 +139,9 @@ class Nas:
         trained = job.run.tensors("train", lambda: self._train(model, job, space))
         model.load_state_dict(trained)
         nn.Module.to(model, job.model.device)
-        best = self._best(self._searched(model, job, space), job.constraints)
-        bypass = Bypass.of(model, best.sub)
-        edits: list[Edit] = [Slice(best.sub), *([bypass] if bypass else [])]
-        apply_edits(model, edits)
-        hub.attach(model.eval(), edits)
-        full = SubNetwork.full(model)
-        counted = {"encoder_params": encoder_params(model).of(full), "bytes": file_bytes(model).of(full)}
-        predicted = dict(zip((limit.kind for limit in job.constraints), best.costs, strict=True))
-        latency = {"latency_ms": predicted["latency"]} if "latency" in predicted else {}
-        return Outcome(model, edits, best.sub, scores, job.costs(model) | counted | latency)
+        costs = self._costs(job, objectives)
+        points = self._searched(model.eval(), job, space, objectives, costs)
+        return Searched(model, scores, points, costs)
 
     def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
         """Raise what a run would, before it is begun; the steps of its training and the candidates it judges.
@@ -135,7 +152,7 @@ class Nas:
             rows: training examples.
         """
         space = Space.of(self.space, sites(model), self.multiple)
-        sampler(self.search, space, 1 + len(limits))
+        sampler(self.sampler, space, 1 + len(limits))
         kept = rows - round(min(self.holdout * rows, MOST))
         return {"steps": -(-kept // self.batch_size) * self.epochs, "evaluations": self.evaluations}
 
@@ -179,15 +196,18 @@ class Nas:
             return partial(space.stratified, cost=params(model).of)
         return space.sample
 
-    def _searched(self, model: PreTrainedModel, job: Job, space: Space) -> list[Point]:
+    def _searched(
+        self, model: PreTrainedModel, job: Job, space: Space, objectives: Sequence[str], costs: dict[str, Cost]
+    ) -> list[Point]:
         """Every candidate with its error and its costs; each evaluation is kept as soon as it is done."""
         rows = batches(job.task, "validation", job.tokenizer, max_length=token_limit(job.tokenizer, model))
         found, draw = sites(model), self._draw(model, space)
-        asked = sampler(self.search, space, 1 + len(job.constraints), seed=job.seed, draw=draw)
+        limits = {limit.kind: limit.limit for limit in job.constraints}
+        asked = sampler(self.sampler, space, len(objectives), seed=job.seed, draw=draw, limited=bool(limits))
 
-        def judged(sub: SubNetwork) -> dict[str, float]:
+        def judged(sub: SubNetwork) -> float:
             with only(found, sub):
-                return {"error": 1 - evaluate_batches(model, job.task, rows).metrics[job.task.metric]}
+                return 1 - evaluate_batches(model, job.task, rows).metrics[job.task.metric]
 
         points: dict[str, Point] = {}
         with progress("searching", self.evaluations, show=job.show) as advance:
@@ -195,22 +215,19 @@ class Nas:
                 values = asked.ask()
                 sub = space.decode(values)
                 if sub.digest not in points:
-                    kept = job.run.record(f"candidate {number}", partial(judged, sub))
-                    costs = tuple(c.cost.of(sub) for c in job.constraints)
-                    points[sub.digest] = Point(sub, kept["error"], costs)
+                    error = job.run.record(f"candidate {number}", partial(judged, sub), part_of="search")
+                    counted = {kind: cost.of(sub) for kind, cost in costs.items()}
+                    points[sub.digest] = Point(number, sub, error, counted, job.run.seconds["search"])
                 point = points[sub.digest]
-                asked.tell(values, (point.error, *point.costs))
+                asked.tell(values, [point.of(name) for name in objectives], max(0.0, point.beyond(limits)))
                 advance(number + 1, f"error {min(p.error for p in points.values()):.3f}")
         return list(points.values())
 
-    def _best(self, points: Sequence[Point], limits: Sequence[Constraint]) -> Point:
-        """The point with the least error among those that meet all limits; of equal ones the cheapest."""
-        meets = [p for p in points if all(cost <= c.limit for cost, c in zip(p.costs, limits, strict=True))]
-        if not meets:
-            nearest = min(points, key=lambda p: max(cost / c.limit for cost, c in zip(p.costs, limits, strict=True)))
-            reached = ", ".join(f"{c.kind} {cost:.4g}" for c, cost in zip(limits, nearest.costs, strict=True))
-            raise InvalidBudget(
-                f"None of {len(points)} candidates meets the budget (the nearest has {reached}): raise evaluations, or "
-                "allow more."
-            )
-        return min(meets, key=lambda p: (p.error, p.costs))
+    def _costs(self, job: Job, objectives: Sequence[str]) -> dict[str, Cost]:
+        """What every point is counted by: all that is cheap to count, and milliseconds if they were asked for."""
+        given = {limit.kind: limit.cost for limit in job.constraints}
+        kinds = [kind for kind in OBJECTIVES if kind not in (ERROR, "latency") or kind in (*objectives, *given)]
+        found = {
+            kind: given.get(kind) or cost_of(kind, job.model, job.batch, job.tokens) for kind in kinds if kind != ERROR
+        }
+        return {k: bypassed(k, c, job.model) if isinstance(c, LinearCost) else c for k, c in found.items()}

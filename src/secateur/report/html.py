@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,52 @@ from plotly.offline import get_plotlyjs
 
 from secateur.report import numbers
 from secateur.report.cuts import cuts, score_distributions
+from secateur.report.front import FrontView, as_results, details, front_figures, front_views, volume_figure
 from secateur.report.numbers import Sense
 from secateur.report.trade import COLOURS, series_of, trade_offs
 from secateur.report.view import Record, View, median, views
 
 
-def render(results: Sequence[Record]) -> str:
-    """One page for one result, or for several to compare.
+def render(records: Sequence[Record]) -> str:
+    """One page for one result or front, or for several to compare.
 
     Args:
-        results: contents of `result.json`.
+        records: contents of `result.json` and `front.json`.
 
     Returns:
         HTML with style, script and data inside; it loads nothing.
 
     Raises:
-        SecateurError: there is no result, or one is not the content of a `result.json` this version reads.
+        SecateurError: there is none, or one is not the content of such a file that this version reads.
     """
-    shown = views(results)
-    metrics = {view.metric for view in shown}
-    trades = trade_offs(shown)
+    fronts = front_views([record for record in records if "points" in record])
+    results = [record for record in records if "points" not in record]
+    shown = views(results) if results or not fronts else ()
+    several = len(records) > 1
+    everything: list[View | FrontView] = [*shown, *fronts]
+    metrics = {view.metric for view in everything}
+    compared = [*shown, *views_of(fronts, len(shown))]
+    trades = (
+        trade_offs(compared, ("macs", "latency", "bytes") if several else ("macs", "latency"))
+        if shown or several
+        else []
+    )
     sections = [_section(view) for view in shown]
-    figures = [*trades, *(figure for section in sections for figure in (*section["cuts"], *section["scores"]))]
+    fronts_shown = [{"view": view, "figures": front_figures(view)} for view in fronts]
+    volumes = [volume_figure(fronts)] if fronts else []
+    figures = [*trades, *volumes]
+    figures += [figure for section in sections for figure in (*section["cuts"], *section["scores"])]
+    figures += [figure for section in fronts_shown for figure in section["figures"]]  # type: ignore[attr-defined]
     return (
         _environment()
         .get_template("template.html.j2")
         .render(
-            title=shown[0].headline if len(shown) == 1 else _several(shown),
+            title=_several(shown, fronts) if several else everything[0].headline,
+            several=several,
             views=shown,
+            fronts=fronts_shown,
+            volumes=volumes,
+            points=_json_for_script({view.id: details(view) for view in fronts}),
             trades=trades,
             sections=sections,
             comparison=comparison(shown),
@@ -56,14 +74,20 @@ def render(results: Sequence[Record]) -> str:
     )
 
 
-def write_report(results: Sequence[Record], path: str | Path) -> Path:
-    """Write `render(results)` to a file, whole or not at all.
+def views_of(fronts: Sequence[FrontView], first: int) -> list[View]:
+    """The judged points of fronts as results, numbered from `first`."""
+    records = [record for front in fronts for record in as_results(front)]
+    return [replace(view, index=first + view.index) for view in views(records)] if records else []
+
+
+def write_report(records: Sequence[Record], path: str | Path) -> Path:
+    """Write `render(records)` to a file, whole or not at all.
 
     Returns:
         The path.
     """
     target = Path(path).expanduser().absolute()
-    text = render(results)
+    text = render(records)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
@@ -90,9 +114,14 @@ def _section(view: View) -> dict[str, Any]:
     }
 
 
-def _several(shown: tuple[View, ...]) -> str:
-    models = sorted({view.model for view in shown})
-    return f"{len(shown)} results for {', '.join(models) if len(models) <= 3 else f'{len(models)} models'}"
+def _several(shown: Sequence[View], fronts: Sequence[FrontView]) -> str:
+    models = sorted({view.model for view in shown} | {view.model for view in fronts})
+    counts = [
+        f"{len(found)} {what}{'s' * (len(found) > 1)}"
+        for found, what in ((shown, "result"), (fronts, "front"))
+        if found
+    ]
+    return f"{' and '.join(counts)} for {', '.join(models) if len(models) <= 3 else f'{len(models)} models'}"
 
 
 @dataclass(frozen=True)

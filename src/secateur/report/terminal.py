@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.report import numbers
+from secateur.report.front import FrontView, front_views
 from secateur.report.view import Record, View, median, metric_name, views
 
 _STYLES = {"better": "green", "worse": "red", "same": ""}
@@ -27,10 +28,20 @@ def table(results: Sequence[Record]) -> Table:
     return _before_after(shown[0]) if len(shown) == 1 else _comparison(shown)
 
 
-def print_report(results: Sequence[Record], console: Console | None = None) -> None:
-    """Print the table, and for a single result its headline, budget and setting."""
-    shown = views(results)
+def print_report(records: Sequence[Record], console: Console | None = None) -> None:
+    """Print the table of results, of a single one its headline, budget and setting too, and the points of fronts."""
     out = console or Console()
+    fronts = front_views([record for record in records if "points" in record])
+    for front in fronts:
+        out.print(Text(front.headline, style="bold"))
+        out.print(Text(front.summary))
+        out.print(_points(front))
+        if front.setting:
+            out.print(Text(f"MACs and latency: {front.setting}", style="dim"))
+    results = [record for record in records if "points" not in record]
+    if fronts and not results:
+        return
+    shown = views(results)
     if len(shown) > 1:
         out.print(_comparison(shown))
         return
@@ -47,6 +58,18 @@ def print_report(results: Sequence[Record], console: Console | None = None) -> N
             out.print(Text(f"Latency predicted {forecast.predicted}, measured {forecast.measured} ({forecast.error})"))
     if view.setting:
         out.print(Text(f"MACs and latency: {view.setting}", style="dim"))
+
+
+def _points(view: FrontView) -> Table:
+    made = Table(title=Text(view.name), title_justify="left", header_style="bold")
+    made.add_column("point", justify="right")
+    made.add_column("keeps", overflow="fold")
+    for heading in (*view.costs, "error", metric_name(view.metric), "change", *(["measured"] if view.timed else [])):
+        made.add_column(heading, justify="right")
+    for line in view.lines:
+        cells = [str(line.number), line.keeps, *line.costs, line.error, line.metric, line.change]
+        made.add_row(*(Text(cell) for cell in (*cells, *([line.speed] if view.timed else []))))
+    return made
 
 
 def _before_after(view: View) -> Table:

@@ -1,4 +1,4 @@
-"""Charts of what a cut cost: metric against MACs, and against milliseconds."""
+"""Charts of what a cut cost: metric against MACs, milliseconds and bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,21 @@ STARS = ("star", "star-diamond", "star-square", "star-triangle-up")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "hexagon")
 
 
-def trade_offs(views: Sequence[View]) -> list[Figure]:
-    """Metric against MACs, and against milliseconds, for each task and metric."""
+AXES = {
+    "macs": ("MACs", "MACs", "Up and left is better; the star is the dense model."),
+    "latency": ("milliseconds", "Latency, median", "Up and left is better; whiskers reach the 90th percentile."),
+    "bytes": ("bytes", "Size on disk", "Up and left is better; the star is the dense model."),
+}
+"""What charts have below: in the heading, as the axis' title, and how to read it."""
+
+
+def trade_offs(views: Sequence[View], axes: Sequence[str] = ("macs", "latency")) -> list[Figure]:
+    """Metric against MACs, milliseconds or bytes, for each task and metric.
+
+    Args:
+        views: results.
+        axes: of `AXES`.
+    """
     series = series_of(views)
     groups: dict[tuple[str, str], list[View]] = {}
     for view in views:
@@ -31,10 +44,10 @@ def trade_offs(views: Sequence[View]) -> list[Figure]:
     figures = []
     for number, ((task, metric), members) in enumerate(groups.items()):
         where = f" on {task}" if len(groups) > 1 else ""
-        for axis, title in (("macs", "MACs"), ("latency", "milliseconds")):
+        for axis in axes:
             points = [view for view in members if _cost(view, "after", axis) is not None]
             if points:
-                heading = f"{metric_name(metric)} against {title}{where}"
+                heading = f"{metric_name(metric)} against {AXES[axis][0]}{where}"
                 figures.append(_trade_off(f"trade-{axis}-{number}", heading, points, series, axis, metric))
     return figures
 
@@ -48,7 +61,7 @@ def _trade_off(name: str, heading: str, views: list[View], series: dict[int, Ser
     margin = max(0.12 * (max(ys) - min(ys)), 0.2 if scale == 100 else 0.004)
     shape = layout(
         xaxis={
-            "title": {"text": f"{'MACs' if axis == 'macs' else 'Latency, median'} ({unit[1]})", "standoff": 8},
+            "title": {"text": f"{AXES[axis][1]} ({unit[1]})", "standoff": 8},
             "rangemode": "tozero",
             "gridcolor": "--line",
             "zeroline": False,
@@ -64,10 +77,7 @@ def _trade_off(name: str, heading: str, views: list[View], series: dict[int, Ser
         legend={"orientation": "h", "y": 1.02, "x": 0, "xanchor": "left", "yanchor": "bottom", "entrywidth": 0},
         margin={"l": 58, "r": 18, "t": 30 + 20 * ((len(traces) - 1) // 3), "b": 48},
     )
-    caption = "Up and left is better; the star is the dense model."
-    if axis == "latency":
-        caption = "Up and left is better; whiskers reach the 90th percentile."
-    return Figure(name, heading, caption, traces, shape, 330 + 20 * ((len(traces) - 1) // 3))
+    return Figure(name, heading, AXES[axis][2], traces, shape, 330 + 20 * ((len(traces) - 1) // 3))
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ def _p90(view: View, side: str) -> float | None:
 
 def _cost(view: View, side: str, axis: str) -> float | None:
     measurement = view.record[side]
-    return median(measurement) if axis == "latency" else measurement.get("macs")
+    return median(measurement) if axis == "latency" else measurement.get(axis)
 
 
 def _metric(view: View, side: str) -> float | None:

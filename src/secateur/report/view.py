@@ -156,14 +156,14 @@ def _view(index: int, record: Record) -> View:
         rows=(*rows, *latency, *metrics),
         terms=tuple(_term(term) for term in record["budget"].get("terms", ())),
         forecasts=_forecasts(record.get("predicted") or {}, after),
-        stages=_stages(seconds),
+        stages=stages_of(seconds),
         total=numbers.seconds_text(sum(seconds.values())),
-        setting=_setting(record.get("latency_setting") or {}),
+        setting=setting_text(record.get("latency_setting") or {}),
         heads=heads,
         neurons=neurons,
         tokens=tokens,
         subnetwork=subnetwork,
-        facts=_facts(record),
+        facts=facts_of(record),
         command=str(record.get("command", "")),
     )
 
@@ -315,7 +315,8 @@ def _forecasts(predicted: Record, after: Record) -> tuple[Forecast, ...]:
     return tuple(rows)
 
 
-def _stages(seconds: Record) -> tuple[Stage, ...]:
+def stages_of(seconds: Record) -> tuple[Stage, ...]:
+    """Stages of a run with the time of each."""
     longest = max(seconds.values(), default=0.0) or 1.0
     return tuple(
         Stage(str(name), numbers.seconds_text(value), round(100 * value / longest, 2))
@@ -323,7 +324,8 @@ def _stages(seconds: Record) -> tuple[Stage, ...]:
     )
 
 
-def _setting(setting: Record) -> str:
+def setting_text(setting: Record) -> str:
+    """Batch, tokens, threads and dtype in words."""
     parts = [f"{key} {setting[key]}" for key in ("batch", "tokens", "threads") if key in setting]
     return ", ".join([*parts, *([str(setting["dtype"])] if "dtype" in setting else [])])
 
@@ -347,7 +349,7 @@ def block_labels(names: Sequence[str]) -> list[str]:
     return labels if len(set(labels)) == len(labels) else list(names)
 
 
-def _facts(record: Record) -> tuple[tuple[str, str], ...]:
+def facts_of(record: Record) -> tuple[tuple[str, str], ...]:
     """What is needed to make the numbers again."""
     method = {key: value for key, value in record["method"].items() if key != "name"}
     facts = [

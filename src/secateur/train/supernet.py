@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from secateur.errors import SecateurError
 from secateur.families import sites
 from secateur.gates import only
-from secateur.search.spaces import Space
+from secateur.optimize.spaces import Space
 from secateur.subnetwork import SubNetwork
 from secateur.train.losses import output_distance
 

@@ -1,7 +1,8 @@
 """Who proposes the next point of a space: `ask` gives a vector, `tell` its objectives, of which less is better.
 
 Each begins with the full network, the lower bounds and the midpoint. What is asked depends on the seed and on what was
-told so far alone: a search that is asked and told the same again goes on as it would have.
+told so far alone: a search that is asked and told the same again goes on as it would have. A point that breaks a limit
+is told with its violation; points that break none come before all others (Deb, 2000).
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from secateur.errors import SecateurError
-from secateur.search.pareto import nondominated, ranks
-from secateur.search.spaces import Space, Values
+from secateur.optimize.pareto import constrained_ranks
+from secateur.optimize.spaces import Space, Values
 
 if TYPE_CHECKING:
     import optuna
 
 Name = Literal["random", "local", "evolution", "nsga2", "tpe", "gp"]
-Points = list[tuple[Values, tuple[float, ...]]]
 MODELS = ("nsga2", "tpe", "gp")
 MOST = 1000  # variables that a model of the objectives is asked about
 
@@ -30,8 +30,8 @@ class Sampler(Protocol):
         """The next vector to evaluate."""
         ...
 
-    def tell(self, values: Values, objectives: Sequence[float]) -> None:
-        """What the vector that was asked for last has."""
+    def tell(self, values: Values, objectives: Sequence[float], violation: float = 0.0) -> None:
+        """What the vector that was asked for last has, and by how much it breaks its limits."""
         ...
 
 
@@ -42,6 +42,7 @@ def sampler(
     *,
     seed: int = 0,
     draw: Callable[[random.Random], Values] | None = None,
+    limited: bool = False,
 ) -> Sampler:
     """A sampler by name.
 
@@ -53,6 +54,7 @@ def sampler(
         objectives: how many there are.
         seed: of every choice.
         draw: a random vector, for the first three; `space.sample` if None.
+        limited: whether a point may break limits.
 
     Raises:
         SecateurError: an unknown name, or a space with too many variables for Optuna.
@@ -65,7 +67,7 @@ def sampler(
                 f"'{name}' models each of the {len(space.variables):,} variables of the space '{space.kind}': take "
                 "'random', 'local' or 'evolution'."
             )
-        return _Optuna(name, space, objectives, seed)
+        return _Optuna(name, space, objectives, seed, limited)
     own = {"random": _Random, "local": _Local, "evolution": _Evolution}[name]
     return own(space, seed, draw or space.sample)
 
@@ -78,15 +80,19 @@ class _Random:
         self.source = random.Random(seed)
         self.draw = draw
         self.first = _first(space)
-        self.points: Points = []
+        self.points: list[Values] = []
+        self.objectives: list[tuple[float, ...]] = []
+        self.violations: list[float] = []
 
     def ask(self) -> Values:
         if len(self.points) < len(self.first):
             return self.first[len(self.points)]
         return self.next()
 
-    def tell(self, values: Values, objectives: Sequence[float]) -> None:
-        self.points.append((values, tuple(objectives)))
+    def tell(self, values: Values, objectives: Sequence[float], violation: float = 0.0) -> None:
+        self.points.append(values)
+        self.objectives.append(tuple(objectives))
+        self.violations.append(violation)
 
     def next(self) -> Values:
         """The next vector, once the first ones are known."""
@@ -99,10 +105,9 @@ class _Local(_Random):
     def next(self) -> Values:
         if len(self.points) == len(self.first):
             return self.draw(self.source)
-        front = nondominated([objectives for _, objectives in self.points])
-        return self.space.mutated(
-            self.source.choice([v for (v, _), on in zip(self.points, front, strict=True) if on]), self.source
-        )
+        rank = constrained_ranks(self.objectives, self.violations)
+        front = [values for values, place in zip(self.points, rank, strict=True) if place == 0]
+        return self.space.mutated(self.source.choice(front), self.source)
 
 
 class _Evolution(_Random):
@@ -114,16 +119,16 @@ class _Evolution(_Random):
     def next(self) -> Values:
         if len(self.points) < self.population:
             return self.draw(self.source)
-        alive = self.points[-self.population :]
-        rank = ranks([objectives for _, objectives in alive])
-        parent = min(self.source.choices(range(len(alive)), k=self.tournament), key=lambda i: rank[i])
-        return self.space.mutated(alive[parent][0], self.source)
+        alive = slice(-self.population, None)
+        rank = constrained_ranks(self.objectives[alive], self.violations[alive])
+        parent = min(self.source.choices(range(len(rank)), k=self.tournament), key=lambda i: rank[i])
+        return self.space.mutated(self.points[alive][parent], self.source)
 
 
 class _Optuna:
     """One of Optuna's samplers."""
 
-    def __init__(self, name: str, space: Space, objectives: int, seed: int) -> None:
+    def __init__(self, name: str, space: Space, objectives: int, seed: int, limited: bool) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -132,7 +137,7 @@ class _Optuna:
             "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
             "gp": lambda: optuna.samplers.GPSampler(seed=seed, deterministic_objective=True),
         }
-        self.space = space
+        self.space, self.limited = space, limited
         self.study = optuna.create_study(directions=["minimize"] * objectives, sampler=kinds[name]())
         self.ranges = {v.name: optuna.distributions.IntDistribution(v.low, v.high) for v in space.variables}
         for values in _first(space):
@@ -143,9 +148,11 @@ class _Optuna:
         self.trial = self.study.ask(self.ranges)  # type: ignore[arg-type]
         return tuple(int(self.trial.params[name]) for name in self.ranges)
 
-    def tell(self, values: Values, objectives: Sequence[float]) -> None:
+    def tell(self, values: Values, objectives: Sequence[float], violation: float = 0.0) -> None:
         if self.trial is None:
             raise SecateurError("A sampler is asked before it is told.")
+        if self.limited:  # of all trials or of none: one without would count as broken
+            self.trial.set_constraint("limits", violation)
         self.study.tell(self.trial, list(objectives))
         self.trial = None
 

@@ -38,6 +38,23 @@ def ranks(points: Sequence[Sequence[float]] | Array) -> npt.NDArray[np.int64]:
     return found
 
 
+def constrained_ranks(points: Sequence[Sequence[float]] | Array, violations: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Ranks under limits (Deb, 2000): points that break none by fronts, then the others, least broken first.
+
+    Args:
+        points: (points, objectives), less is better.
+        violations: by how much each point breaks its limits; 0 or less if it keeps them.
+    """
+    values, broken = _checked(points), np.asarray(violations, dtype=np.float64)
+    found = np.zeros(len(values), dtype=np.int64)
+    kept = broken <= 0
+    if kept.any():
+        found[kept] = ranks(values[kept])
+    steps = np.unique(broken[~kept])
+    found[~kept] = np.searchsorted(steps, broken[~kept]) + (found[kept].max() + 1 if kept.any() else 0)
+    return found
+
+
 def hypervolume(points: Sequence[Sequence[float]] | Array, reference: Sequence[float]) -> float:
     """Volume that points dominate up to a reference, for any number of objectives.
 

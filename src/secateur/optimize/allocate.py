@@ -28,7 +28,7 @@ from secateur.costs.analytic import LinearCost
 from secateur.costs.budget import Constraint, check_feasible
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import UnitKind
-from secateur.search.knapsack import Array, Flags, Frontier, Integers, solve
+from secateur.optimize.knapsack import Array, Flags, Frontier, Integers, solve
 from secateur.subnetwork import SubNetwork, UnitScores
 
 Choice = list[int]

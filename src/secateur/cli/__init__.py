@@ -10,6 +10,28 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.cli import fronts
+from secateur.cli.options import (
+    BatchOption,
+    JsonOption,
+    LabelOption,
+    MetricOption,
+    Model,
+    SeedOption,
+    Settings,
+    SpeedupOption,
+    SplitOption,
+    TaskOption,
+    TextOption,
+    ThreadsOption,
+    TokenizerOption,
+    TokensOption,
+    numbers_text,
+    settings_from,
+    show,
+    speedups_from,
+    use_threads,
+)
 from secateur.errors import SecateurError
 
 app = typer.Typer(
@@ -22,35 +44,6 @@ app = typer.Typer(
     "3 done, but a measured latency misses its budget; 1 a bug; 130 interrupted.",
 )
 
-Model = Annotated[str, typer.Argument(help="A model folder, or a hub id.")]
-TaskOption = Annotated[
-    str,
-    typer.Option(
-        "--task", "-t", help="A GLUE task (sst2, glue/stsb, …), a CSV/JSONL/Parquet file, or a folder of them."
-    ),
-]
-TokenizerOption = Annotated[
-    str | None, typer.Option(help="Folder or hub id of the tokenizer, if the model's has none.")
-]
-TextOption = Annotated[str | None, typer.Option(help="Text column, or two: premise,hypothesis.")]
-LabelOption = Annotated[str | None, typer.Option(help="Label column.")]
-MetricOption = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, pearson, spearman or entity_f1.")]
-SplitOption = Annotated[str | None, typer.Option(help="Rows to judge by: validation (default), test or train.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Examples per pass, for MACs and latency.")]
-TokensOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens per example; the task's median length by default.")
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of every random choice.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of torch; all cores by default.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
-SpeedupOption = Annotated[
-    str | None, typer.Option(help="Where to turn the model's latency dial, such as 2, or several: 1,1.5,2,3.")
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="A hyper-parameter of the method, such as lambda_c=0.1; repeat for more."),
-]
-
 
 @app.command()
 def demo(
@@ -61,7 +54,7 @@ def demo(
     from secateur.demo import run_demo
 
     record = run_demo(out)
-    _show(record, as_json, lambda: _print_results([record]))
+    show(record, as_json, lambda: _print_results([record]))
 
 
 @app.command()
@@ -86,7 +79,7 @@ def finetune(
     from secateur import api
     from secateur.tasks import load_task
 
-    _threads(threads)
+    use_threads(threads)
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
     folder = api.finetune(
         model,
@@ -103,7 +96,7 @@ def finetune(
     )
     metrics = {name: api.evaluate(folder, data, split=name).metrics for name in data.splits() if name != "train"}
     record = {"folder": str(folder), "metrics": metrics}
-    _show(record, as_json, lambda: typer.echo(f"{folder}: {_numbers(metrics)}"))
+    show(record, as_json, lambda: typer.echo(f"{folder}: {numbers_text(metrics)}"))
 
 
 @app.command()
@@ -142,14 +135,14 @@ def compress(
     from secateur.methods import method_of
     from secateur.tasks import load_task
 
-    _threads(threads)
-    chosen = method_of(method, **_settings(setting))
+    use_threads(threads)
+    chosen = method_of(method, **settings_from(setting))
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
     if dry_run:
         found = api.plan(
             model, chosen, task=data, budget=budget, tokenizer=tokenizer, batch=batch, tokens=tokens, seed=seed
         )
-        _show(found, as_json, lambda: _print_plan(found))
+        show(found, as_json, lambda: _print_plan(found))
         return
     result = api.compress(
         model,
@@ -166,13 +159,17 @@ def compress(
         progress=True,
     )
     record = result.to_dict()
-    _show(record, as_json, lambda: _print_results([record]))
+    show(record, as_json, lambda: _print_results([record]))
     typer.echo(f"wrote {out}: the model, README.md, result.json, report.html", err=True)
     missed = [term for term in record["budget"]["terms"] if not term["met"]]
     for term in missed:
         typer.echo(f"secateur: measured {term['kind']} {term['reached']:.4g} misses {term['asked']}", err=True)
     if missed:
         raise typer.Exit(3)
+
+
+app.command()(fronts.search)
+app.command()(fronts.extract)
 
 
 @app.command()
@@ -197,12 +194,12 @@ def dial(
     from secateur.report import print_dial
     from secateur.tasks import load_task
 
-    _threads(threads)
+    use_threads(threads)
     data = load_task(task, text=text, label=label, metric=metric, seed=seed) if task is not None else None
     table = api.dial(
         model,
         data,
-        speedups=_speedups(speedup),
+        speedups=speedups_from(speedup),
         tokenizer=tokenizer,
         split=split,
         batch=batch,
@@ -211,7 +208,7 @@ def dial(
         seconds=seconds,
         progress=True,
     )
-    _show(table, as_json, lambda: print_dial(table))
+    show(table, as_json, lambda: print_dial(table))
     if Path(model).is_dir():
         typer.echo(f"wrote {Path(model) / 'dial.json'} and dial.html", err=True)
 
@@ -235,13 +232,13 @@ def measure(
     from secateur import api
     from secateur.hub import open_any
 
-    _threads(threads)
+    use_threads(threads)
     net = open_any(model)
 
     def at(wanted: float | None) -> dict[str, Any]:
         return api.measure(net, batch=batch, tokens=tokens, seconds=seconds, speedup=wanted, kernels=kernels)
 
-    _show_settings(at, _speedups(speedup), as_json)
+    _show_settings(at, speedups_from(speedup), as_json)
 
 
 @app.command()
@@ -264,7 +261,7 @@ def evaluate(
     from secateur.tasks import load_task
     from secateur.tasks.heads import head_class
 
-    _threads(threads)
+    use_threads(threads)
     data = load_task(task, text=text, label=label, metric=metric, seed=seed)
     net = open_model(model, head_class(data), trained=True)
 
@@ -272,7 +269,7 @@ def evaluate(
         found = api.evaluate(net, data, tokenizer=tokenizer or model, split=split, progress=True, speedup=wanted)
         return {"task": data.name, "examples": len(found.labels), "metrics": found.metrics}
 
-    _show_settings(at, _speedups(speedup), as_json)
+    _show_settings(at, speedups_from(speedup), as_json)
 
 
 @app.command()
@@ -290,22 +287,22 @@ def export(
     from secateur import api
 
     folder = api.export(model, out, format, tokenizer, speedup=speedup)
-    _show({"folder": str(folder)}, as_json, lambda: typer.echo(str(folder)))
+    show({"folder": str(folder)}, as_json, lambda: typer.echo(str(folder)))
 
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="result.json files, or folders that hold one.")],
+    results: Annotated[list[Path], typer.Argument(help="result.json and front.json files, or folders that hold one.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     as_json: JsonOption = False,
 ) -> None:
-    """Show one or several results on one self-contained HTML page."""
+    """Show results and fronts, one or several, on one self-contained HTML page."""
+    from secateur.front import read_record
     from secateur.report import write_report
-    from secateur.results import read_result
 
-    records = [read_result(path) for path in results]
+    records = [read_record(path) for path in results]
     path = write_report(records, out)
-    _show({"report": str(path)}, as_json, lambda: _print_results(records))
+    show({"report": str(path)}, as_json, lambda: _print_results(records))
     typer.echo(f"wrote {path}", err=True)
 
 
@@ -332,7 +329,7 @@ def list_(as_json: JsonOption = False) -> None:
         for what in ("budgets", "tasks", "architectures"):
             typer.echo(f"{what}: {', '.join(found[what])}")
 
-    _show(found, as_json, lines)
+    show(found, as_json, lines)
 
 
 def main() -> None:
@@ -352,13 +349,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def _show(record: Any, as_json: bool, human: Callable[[], None]) -> None:
-    if as_json:
-        typer.echo(json.dumps(record))
-    else:
-        human()
-
-
 def _show_settings(at: Callable[[float | None], dict[str, Any]], speedups: list[float] | None, as_json: bool) -> None:
     """Print what is found where the dial stands, or a line for each speed-up (as JSON, one object with `rows`)."""
 
@@ -370,11 +360,11 @@ def _show_settings(at: Callable[[float | None], dict[str, Any]], speedups: list[
             (out, inputs), where = choice["shape"], choice["kernels"]
             taken = ", ".join(f"{name} to {rows}" for rows, name in where.items())
             typer.echo(f"{len(choice['maps'])} maps of {out} x {inputs}, {choice['sparsity']:.0%} zeros, rows: {taken}")
-        typer.echo(_numbers(shown))
+        typer.echo(numbers_text(shown))
 
     if speedups is None:
         found = at(None)
-        _show(found, as_json, lambda: line(found))
+        show(found, as_json, lambda: line(found))
         return
     rows = []
     for wanted in speedups:
@@ -401,44 +391,4 @@ def _print_plan(found: dict[str, Any]) -> None:
     if found["heads"] is not None:
         typer.echo(f"heads kept if all units mattered alike: {found['heads']}")
         typer.echo(f"neurons kept if all units mattered alike: {found['neurons']}")
-    typer.echo(f"setting: {_numbers(found['setting'])}")
-
-
-def _numbers(values: dict[str, Any]) -> str:
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return f"({_numbers(value)})"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    return ", ".join(f"{key} {text(value)}" for key, value in values.items())
-
-
-def _threads(count: int | None) -> None:
-    if count is not None:
-        import torch
-
-        torch.set_num_threads(count)
-
-
-def _speedups(text: str | None) -> list[float] | None:
-    """Numbers joined with commas."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise SecateurError(f"--speedup takes numbers from 1, such as 1,1.5,2, not '{text}'.") from None
-
-
-def _settings(pairs: list[str] | None) -> dict[str, Any]:
-    """`key=value` pairs; values are read as JSON where they are, else as text."""
-    found: dict[str, Any] = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise SecateurError(f"--set takes key=value, not '{pair}'.")
-        try:
-            found[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key.strip()] = value.strip()
-    return found
+    typer.echo(f"setting: {numbers_text(found['setting'])}")
