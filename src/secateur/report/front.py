@@ -57,6 +57,11 @@ class FrontView:
         return f"f{self.index}"
 
     @property
+    def unit(self) -> str:
+        """What a change is in, after its heading."""
+        return ", points" if numbers.is_fraction(self.metric) else ""
+
+    @property
     def costs(self) -> tuple[str, ...]:
         """The objectives but for the error."""
         return tuple(name for name in self.objectives if name != ERROR)
@@ -119,7 +124,7 @@ def _line(record: Record, point: Point, metric: str) -> Line:
     change = ""
     if found:
         mean, low, high = (numbers.metric_change(metric, 0.0, float(value)) for value in found["difference"])
-        change = f"{mean} ({low.removesuffix(' points')} to {high.removesuffix(' points')})"
+        change = f"{mean} ({low} to {high})".replace(" points", "")
     costs = [name for name in record["objectives"] if name != ERROR]
     return Line(
         number=point.number,
@@ -187,7 +192,8 @@ def details(view: FrontView) -> list[dict[str, Any]]:
     for line, point in zip(view.lines, view.front, strict=True):
         rows = [(numbers.quantity_name(kind), cost_text(view.record, kind, cost)) for kind, cost in point.costs.items()]
         rows.append((f"{metric_name(view.metric)}, {view.record['task']['split']}", line.metric))
-        rows += [(name, text) for name, text in (("Change", line.change), ("Measured", line.speed)) if text]
+        named = ((f"Change{view.unit}", line.change), ("Measured", line.speed))
+        rows += [(name, text) for name, text in named if text]
         made.append(
             {
                 "number": point.number,
@@ -292,34 +298,72 @@ def _hover(view: FrontView, point: Point) -> str:
 
 
 def _parallel(view: FrontView) -> Figure:
+    """Parallel coordinates in plain lines, so that the page needs no WebGL."""
     points = list(view.points.values())
-
-    def axis(label: str, values: Sequence[float]) -> dict[str, Any]:
-        return {"label": label, "values": list(values)}
-
-    axes = [
-        axis(numbers.quantity_name(kind) if kind != ERROR else "Error", [p.of(kind) for p in points])
-        for kind in view.objectives
-    ]
-    axes += [
-        axis(
-            "Layers",
-            [sum(1 for pair in zip(p.sub.head_widths, p.sub.neuron_widths, strict=True) if any(pair)) for p in points],
-        ),
-        axis("Heads", [sum(p.sub.head_widths) for p in points]),
-        axis("Neurons", [sum(p.sub.neuron_widths) for p in points]),
-    ]
-    trace: Trace = {
-        "type": "parcoords",
-        "dimensions": axes,
-        "labelfont": {"color": "--ink", "size": 12},
-        "tickfont": {"color": "--muted", "size": 11},
-        "rangefont": {"color": "--muted", "size": 10},
-        "line": {"color": [p.error for p in points], "colorscale": [[0, "--kept"], [1, "--removed"]]},
+    axes: dict[str, list[float]] = {
+        "Error" if name == ERROR else numbers.quantity_name(name): [point.of(name) for point in points]
+        for name in view.objectives
     }
-    shape = layout(margin={"l": 50, "r": 30, "t": 48, "b": 20})
-    caption = "Each line is a sub-network, dark ones err least. Drag along an axis to keep only some."
-    return Figure(f"{view.id}-parallel", "Everything that was evaluated", caption, [trace], shape, 330)
+    axes["Layers"] = [sum(map(any, zip(p.sub.head_widths, p.sub.neuron_widths, strict=True))) for p in points]
+    axes["Heads"] = [sum(p.sub.head_widths) for p in points]
+    axes["Neurons"] = [sum(p.sub.neuron_widths) for p in points]
+    ranges = [(min(values), max(values)) for values in axes.values()]
+    places = [
+        [(values[i] - low) / (high - low or 1) for values, (low, high) in zip(axes.values(), ranges, strict=True)]
+        for i in range(len(points))
+    ]
+    front = {point.number for point in view.front}
+    traces: list[Trace] = []
+    for point, heights in sorted(zip(points, places, strict=True), key=lambda pair: pair[0].number in front):
+        on = point.number in front
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": list(range(len(axes))),
+                "y": heights,
+                "customdata": [point.number] * len(axes),
+                "line": {"width": 2 if on else 1, "color": "--kept" if on else "--removed"},
+                "text": _hover(view, point),
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+    kinds = ["error" if name == ERROR else name for name in view.objectives] + ["count"] * 3
+    ends = [
+        {
+            "x": i,
+            "y": y,
+            "text": _end(kind, value, most),
+            "showarrow": False,
+            "yshift": 11 if y else -11,
+            "font": {"size": 11, "color": "--muted"},
+        }
+        for i, (kind, (least, most)) in enumerate(zip(kinds, ranges, strict=True))
+        for y, value in ((0, least), (1, most))
+    ]
+    shape = layout(
+        xaxis={
+            "tickvals": list(range(len(axes))),
+            "ticktext": list(axes),
+            "side": "top",
+            "gridcolor": "--removed-strong",
+            "zeroline": False,
+            "range": [-0.3, len(axes) - 0.7],
+        },
+        yaxis={"visible": False, "range": [-0.1, 1.1]},
+        annotations=ends,
+        hovermode="closest",
+        margin={"l": 20, "r": 20, "t": 34, "b": 12},
+    )
+    caption = "Each line is a sub-network; blue ones are on the front. Less error and less cost is lower."
+    return Figure(f"{view.id}-parallel", "Everything that was evaluated", caption, traces, shape, 330)
+
+
+def _end(kind: str, value: float, most: float) -> str:
+    """The least or the most of an axis."""
+    if kind == ERROR:
+        return f"{value:.3f}"
+    return f"{value:,.0f}" if kind == "count" else numbers.amount(value, numbers.unit_of(kind, [most]))
 
 
 def volume_figure(views: Sequence[FrontView]) -> Figure:

@@ -64,7 +64,13 @@ def _points(view: FrontView) -> Table:
     made = Table(title=Text(view.name), title_justify="left", header_style="bold")
     made.add_column("point", justify="right")
     made.add_column("keeps", overflow="fold")
-    for heading in (*view.costs, "error", metric_name(view.metric), "change", *(["measured"] if view.timed else [])):
+    for heading in (
+        *view.costs,
+        "error",
+        metric_name(view.metric),
+        f"change{view.unit}",
+        *(["measured"] if view.timed else []),
+    ):
         made.add_column(heading, justify="right")
     for line in view.lines:
         cells = [str(line.number), line.keeps, *line.costs, line.error, line.metric, line.change]
