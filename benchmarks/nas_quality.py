@@ -1,0 +1,173 @@
+"""Fronts of NAS: by strategy, by space, by sampler, and against methods that need no super-network.
+
+    python benchmarks/nas_quality.py --task stsb --strategies one-shot standard --samplers random
+    python benchmarks/nas_quality.py --task stsb --table      # print the tables from the kept rows
+
+Candidates are judged by 500 validation rows of a fixed shuffle, which the super-network was not trained on; the points
+of a front then by the labelled test split, each with a paired bootstrap interval of 95 % against the dense model.
+Super-networks are kept in `benchmarks/cache`. Hypervolumes are those of the paper: each objective by its quantile
+among all points of the file, reference (2, 2), so from 1 to 4; they change when rows are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import HERE, Sweep, pairs
+from safetensors.torch import load_file, save_file
+
+from secateur.costs.analytic import encoder_params, params
+from secateur.methods import Nas
+from secateur.optimize.pareto import hypervolume, quantiles
+from secateur.optimize.points import front_of
+from secateur.prune import cut_out
+from secateur.run import Job, Run
+from secateur.subnetwork import SubNetwork
+from secateur.tasks import evaluate, paired_bootstrap
+
+ROWS = 500
+GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Shares of the encoder's parameters at which fronts are compared."""
+
+
+class Kept(Run):
+    """A run in memory whose super-network is kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(None, {})
+        self.path = path
+
+    def tensors(self, stage: str, compute: Callable[[], Any], *, part_of: str | None = None) -> Any:
+        file = self.path.with_name(f"{self.path.name}-{stage}.safetensors")
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            made = super().tensors(stage, compute, part_of=part_of)
+            save_file({name: tensor.contiguous().clone() for name, tensor in made.items()}, file)
+            file.with_suffix(".json").write_text(json.dumps(self.seconds[stage]))
+        self.seconds[stage] = json.loads(file.with_suffix(".json").read_text())
+        return load_file(file)
+
+
+def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -> None:
+    sweep = Sweep.of(arguments.task, arguments.rows, path)
+    few = sweep.data.split("validation").shuffle(seed=0).select(range(ROWS))
+    data = replace(sweep.data, validation=few)
+    full = {"params": params(sweep.model), "encoder_params": encoder_params(sweep.model)}
+    dense = {name: cost.of(SubNetwork.full(sweep.model)) for name, cost in full.items()}
+    grid = (arguments.seeds, arguments.strategies, arguments.spaces, arguments.order, arguments.samplers)
+    for seed, strategy, space, order, sampler in product(*grid):
+        settings = {"strategy": strategy, "space": space, "order": order, "sampler": sampler, **common}
+        row: dict[str, Any] = {"seed": seed, "set": settings}
+        if sweep.has(**row):
+            continue
+        method = Nas(holdout=0.0, **settings)
+        name = f"nas-{arguments.task}-{strategy}-{space}-{order}-{seed}-" + "-".join(
+            f"{k}{v}" for k, v in common.items()
+        )
+        run = Kept(HERE / "cache" / name)
+        job = Job(sweep.model, sweep.tokenizer, data, [], run, 1, sweep.tokens, seed)
+        start = time.perf_counter()
+        found = method.search(job, ("error", arguments.objective))
+        row["seconds"] = {"train": run.seconds["train"], "search": round(time.perf_counter() - start, 1)}
+        row["points"] = [
+            [round(p.error, 5), *(round(p.costs[kind] / dense[kind], 5) for kind in full)] for p in found.points
+        ]
+        row["front"] = []
+        for point in front_of(found.points, ("error", arguments.objective)):
+            twin = copy.deepcopy(found.model)
+            cut_out(twin, point.sub)
+            after, before = evaluate(twin, sweep.tokenizer, sweep.data, "test"), sweep.dense["test"]
+            difference = paired_bootstrap(sweep.data.metric, before.logits, after.logits, before.labels)
+            kept = [sum(map(any, zip(point.sub.head_widths, point.sub.neuron_widths, strict=True)))]
+            row["front"].append(
+                {
+                    "number": point.number,
+                    "error": round(point.error, 5),
+                    **{kind: round(point.costs[kind] / dense[kind], 5) for kind in full},
+                    "test": round(after.metrics[sweep.data.metric], 5),
+                    "difference": [round(value, 5) for value in difference],
+                    "keeps": kept + [sum(point.sub.head_widths), sum(point.sub.neuron_widths)],
+                }
+            )
+        sweep.keep(row)
+
+
+def volumes(record: dict[str, Any]) -> list[float]:
+    """The hypervolume of each row."""
+    pool = [point for row in record["rows"] for point in row["points"]]
+    errors, sizes = ([point[i] for point in pool] for i in (0, 2))
+    found = []
+    for row in record["rows"]:
+        scaled = [quantiles([point[i] for point in row["points"]], pool) for i, pool in ((0, errors), (2, sizes))]
+        found.append(hypervolume(list(zip(*scaled, strict=True)), (2.0, 2.0)))
+    return found
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Each setting: hypervolume, time, and the test metric of the best point at each share of encoder parameters."""
+    metric, dense = record["metric"], record["dense"]["test"][record["metric"]]
+    groups: dict[str, list[tuple[dict[str, Any], float]]] = {}
+    for row, volume in zip(record["rows"], volumes(record), strict=True):
+        groups.setdefault(json.dumps(row["set"], sort_keys=True), []).append((row, volume))
+    head = [f"{share:.0%}".replace("%", " %") for share in GRID]
+    lines = [
+        f"{record['task']}, {metric} x 100 on the test split of the point that errs least on validation within a share of "
+        f"the encoder's parameters; dense {100 * dense:.1f}",
+        "",
+        "| space | strategy | sampler | sorted | seeds | hypervolume | training | " + " | ".join(head) + " |",
+        "|---" * (7 + len(GRID)) + "|",
+    ]
+    for rows in groups.values():
+        given = rows[0][0]["set"]
+        found = [volume for _, volume in rows]
+        spread = f" ± {max(found) - min(found):.2f}" if len(found) > 1 else ""
+        cells = []
+        for share in GRID:
+            best = [_best(row["front"], share) for row, _ in rows]
+            cells.append("–" if None in best else f"{100 * statistics.mean(b['test'] for b in best if b):.1f}")
+        minutes = statistics.mean(row["seconds"]["train"] for row, _ in rows) / 60
+        lines.append(
+            f"| {given['space']} | {given['strategy']} | {given['sampler']} | {'yes' if given['order'] else 'no'} | "
+            f"{len(rows)} | {statistics.mean(found):.2f}{spread} | {minutes:.0f} min | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _best(front: list[dict[str, Any]], share: float) -> dict[str, Any] | None:
+    kept = [point for point in front if point["encoder_params"] <= share]
+    return min(kept, key=lambda point: point["error"], default=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("sst2", "stsb"), default="stsb")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--strategies", nargs="*", default=["one-shot"])
+    parser.add_argument("--spaces", nargs="*", default=["small"])
+    parser.add_argument("--samplers", nargs="*", default=["random"])
+    parser.add_argument("--order", nargs="*", type=json.loads, default=[True])
+    parser.add_argument("--objective", default="encoder_params")
+    parser.add_argument("--set", nargs="*", default=[], help="hyper-parameters of all, such as epochs=2")
+    parser.add_argument("--rows", type=int, help="train on so many rows, the same for every seed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the tables")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    path = HERE / "results" / f"nas_quality_{arguments.task}.json"
+    if not arguments.table:
+        measure(arguments, pairs(arguments.set), path)
+    print(tables(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()
