@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -
             cut_out(twin, point.sub)
             after, before = evaluate(twin, sweep.tokenizer, sweep.data, "test"), sweep.dense["test"]
             difference = paired_bootstrap(sweep.data.metric, before.logits, after.logits, before.labels)
-            kept = [sum(map(any, zip(point.sub.head_widths, point.sub.neuron_widths, strict=True)))]
+            layers = sum(map(any, zip(point.sub.head_widths, point.sub.neuron_widths, strict=True)))
             row["front"].append(
                 {
                     "number": point.number,
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -
                     **{kind: round(point.costs[kind] / dense[kind], 5) for kind in full},
                     "test": round(after.metrics[sweep.data.metric], 5),
                     "difference": [round(value, 5) for value in difference],
-                    "keeps": kept + [sum(point.sub.head_widths), sum(point.sub.neuron_widths)],
+                    "keeps": [layers, sum(point.sub.head_widths), sum(point.sub.neuron_widths)],
                 }
             )
         sweep.keep(row)
@@ -121,8 +121,8 @@ def tables(record: dict[str, Any]) -> str:
         groups.setdefault(json.dumps(row["set"], sort_keys=True), []).append((row, volume))
     head = [f"{share:.0%}".replace("%", " %") for share in GRID]
     lines = [
-        f"{record['task']}, {metric} x 100 on the test split of the point that errs least on validation within a share of "
-        f"the encoder's parameters; dense {100 * dense:.1f}",
+        f"{record['task']}, {metric} x 100 on test; dense {100 * dense:.1f}. Of each front the point that errs least",
+        "on validation within a share of the encoder's parameters.",
         "",
         "| space | strategy | sampler | sorted | seeds | hypervolume | training | " + " | ".join(head) + " |",
         "|---" * (7 + len(GRID)) + "|",
