@@ -13,7 +13,7 @@ import secateur.hub as _plug_in  # noqa: F401  (registers with transformers)
 
 if TYPE_CHECKING:
     from secateur import families
-    from secateur.api import compress, dial, evaluate, export, finetune, measure, search
+    from secateur.api import compress, dial, evaluate, export, finetune, measure, run_recipe, search
     from secateur.binary import binarize
     from secateur.bits.integer import packed_twin
     from secateur.edits import DropTokens, Slice, apply_edits
@@ -62,6 +62,7 @@ _HOME = {
     "load_task": "tasks",
     "measure": "api",
     "packed_twin": "bits.integer",
+    "run_recipe": "api",
     "search": "api",
     "slice_zeros": "zeros",
     "sparsify": "zeros",
@@ -97,6 +98,7 @@ __all__ = [
     "load_task",
     "measure",
     "packed_twin",
+    "run_recipe",
     "search",
     "slice_zeros",
     "sparsify",

@@ -19,6 +19,7 @@ from secateur.costs.tokens import FASTEST
 from secateur.edits.tokens import dial_of, has_dial, turned_to
 from secateur.exporting import export
 from secateur.given import TaskLike, judged_by, live, opened, setting_of
+from secateur.recipes import run_recipe
 from secateur.report import write_dial
 from secateur.results import measured, versions
 from secateur.runtime.choice import ROWS, choose_kernels, time_kernels
@@ -28,7 +29,7 @@ from secateur.tasks import Evaluation, check_labels, load_task
 from secateur.tasks import evaluate as evaluate_model
 from secateur.train import finetune
 
-__all__ = ["compress", "dial", "evaluate", "export", "finetune", "measure", "plan", "search"]
+__all__ = ["compress", "dial", "evaluate", "export", "finetune", "measure", "plan", "run_recipe", "search"]
 
 SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0, 4.8)
 """Settings of a dial that its table shows."""

@@ -23,7 +23,7 @@ from secateur.given import TaskLike, judged_by, length_of, opened
 from secateur.methods import Bit
 from secateur.results import versions, vocabulary_digest, weights_digest
 from secateur.run import Job, Method, Run
-from secateur.tasks import Evaluation, check_labels, load_task
+from secateur.tasks import Evaluation, Task, check_labels, load_task
 from secateur.tasks import evaluate as evaluate_model
 from secateur.tasks import fingerprint as data_fingerprint
 from secateur.tasks.metrics import compute
@@ -57,26 +57,39 @@ class Started:
         return Evaluation(compute(job.task, kept["logits"], kept["labels"]), kept["logits"], kept["labels"])
 
     def record(self, verb: str) -> dict[str, Any]:
-        """What makes a run reproducible, for its record."""
-        data = self.job.task
-        return {
-            "source": self.source,
-            "task": {
-                "name": data.name,
-                "kind": data.kind,
-                "metric": data.metric,
-                "split": self.rows,
-                "examples": len(data.split(self.rows)),
-            },
-            "method": self.method,
-            "seed": self.job.seed,
-            "versions": versions(),
-            "machine": machine_fingerprint(),
-            "data": {"fingerprint": data_fingerprint(data), "splits": {k: len(v) for k, v in data.splits().items()}},
-            "command": shlex.join(["secateur", *sys.argv[1:]])
-            if Path(sys.argv[0]).name == "secateur"
-            else f"secateur.{verb}",
-        }
+        """What makes the run reproducible (see `described`)."""
+        return described(self.source, self.job.task, self.rows, self.method, self.job.seed, verb)
+
+
+def described(source: str, data: Task, rows: str, method: dict[str, Any], seed: int, verb: str) -> dict[str, Any]:
+    """What makes a run reproducible, for its record.
+
+    Args:
+        source: where the model came from.
+        data: the task.
+        rows: the split to judge by.
+        method: its name and hyper-parameters.
+        seed: of every random choice.
+        verb: the function of the package that was called, if the command line was not.
+    """
+    return {
+        "source": source,
+        "task": {
+            "name": data.name,
+            "kind": data.kind,
+            "metric": data.metric,
+            "split": rows,
+            "examples": len(data.split(rows)),
+        },
+        "method": method,
+        "seed": seed,
+        "versions": versions(),
+        "machine": machine_fingerprint(),
+        "data": {"fingerprint": data_fingerprint(data), "splits": {k: len(v) for k, v in data.splits().items()}},
+        "command": shlex.join(["secateur", *sys.argv[1:]])
+        if Path(sys.argv[0]).name == "secateur"
+        else f"secateur.{verb}",
+    }
 
 
 def start(

@@ -173,6 +173,23 @@ app.command()(fronts.extract)
 
 
 @app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, task, stages.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("out"),
+    threads: ThreadsOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was killed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the stages of a recipe one after the other, and compare the last model with the first."""
+    from secateur import api
+
+    use_threads(threads)
+    record = api.run_recipe(recipe, out, resume=resume, progress=True).to_dict()
+    show(record, as_json, lambda: _print_results([record]))
+    typer.echo(f"wrote {out}: the model, README.md, result.json, report.html, stages/", err=True)
+
+
+@app.command()
 def dial(
     model: Model,
     task: Annotated[str | None, typer.Option("--task", "-t", help="As for compress; without it no metric.")] = None,
