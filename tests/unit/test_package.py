@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from importlib.metadata import requires, version
+from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
@@ -77,4 +77,6 @@ def test_every_imported_package_is_declared() -> None:
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(str(node.module).partition(".")[0])
-    assert imported - set(sys.stdlib_module_names) - {"secateur"} - declared("") == set()
+    others = imported - set(sys.stdlib_module_names) - {"secateur"}
+    found = packages_distributions()  # PyYAML is imported as yaml
+    assert {name.lower() for module in others for name in found.get(module, [module])} - declared("") == set()
