@@ -237,6 +237,10 @@ class Run:
         self._sum(stage, part_of)
         return value
 
+    def has(self, stage: str) -> bool:
+        """Whether a stage is kept."""
+        return self.folder is not None and (self.folder / f"{stage}.seconds").is_file()
+
     def timed(self, stage: str, compute: Callable[[], Value], *, part_of: str | None = None) -> Value:
         """A value that is not kept, because it belongs to this very process; only its seconds are noted."""
         start = time.perf_counter()

@@ -88,13 +88,13 @@ def test_spaces_strategies_and_samplers(settings: dict[str, Any]) -> None:
 def test_candidates_are_judged_by_rows_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 training rows 16 are held out; validation rows are seen before and after, but by no candidate."""
     seen: list[int] = []
-    usual = secateur.methods.nas.evaluate_batches  # type: ignore[attr-defined]
+    usual = secateur.cluster.evaluate_batches  # type: ignore[attr-defined]
 
     def look(model: Any, task: Any, rows: Any) -> Any:
         seen.append(sum(len(batch["labels"]) for batch in rows))
         return usual(model, task, rows)
 
-    monkeypatch.setattr("secateur.methods.nas.evaluate_batches", look)
+    monkeypatch.setattr("secateur.cluster.evaluate_batches", look)
     task, rows = tiny_task(), len(tiny_task().train)  # type: ignore[arg-type]
     compress(
         tiny_model("bert"),  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_a_killed_run_resumes_to_the_same_model(tmp_path: Path) -> None:
 
 
 def test_what_was_evaluated_is_not_evaluated_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    usual, calls, stops = secateur.methods.nas.evaluate_batches, [], [5]  # type: ignore[attr-defined]
+    usual, calls, stops = secateur.cluster.evaluate_batches, [], [5]  # type: ignore[attr-defined]
 
     def counted(*given: Any) -> Any:
         if len(calls) == stops[-1]:
@@ -157,7 +157,7 @@ def test_what_was_evaluated_is_not_evaluated_again(monkeypatch: pytest.MonkeyPat
         task, words = tiny_task(), tiny_tokenizer()
         return compress(tiny_model("bert"), Nas(**NAS), task=task, tokenizer=words, out=tmp_path / out, resume=resume)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("secateur.methods.nas.evaluate_batches", counted)
+    monkeypatch.setattr("secateur.cluster.evaluate_batches", counted)
     with pytest.raises(KeyboardInterrupt):
         run("out")
     stops.append(-1)

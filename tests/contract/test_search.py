@@ -111,7 +111,7 @@ def test_rows_that_were_searched_by_do_not_judge() -> None:
 def test_a_stopped_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the search, then while the front is judged: the same front, nothing evaluated twice."""
     whole = search()
-    usual, stops = secateur.methods.nas.evaluate_batches, [4]  # type: ignore[attr-defined]
+    usual, stops = secateur.cluster.evaluate_batches, [4]  # type: ignore[attr-defined]
     calls: list[int] = []
 
     def counted(*given: Any) -> Any:
@@ -120,7 +120,7 @@ def test_a_stopped_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         calls.append(1)
         return usual(*given)
 
-    monkeypatch.setattr("secateur.methods.nas.evaluate_batches", counted)
+    monkeypatch.setattr("secateur.cluster.evaluate_batches", counted)
     with pytest.raises(KeyboardInterrupt):
         search(out=tmp_path / "front")
     stops.append(-1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.checks import check_fields, check_shares
+from secateur.cluster import Judge, Workers
 from secateur.costs.analytic import LinearCost, bypassed, encoder_params, file_bytes, params
 from secateur.costs.budget import Constraint, Cost, cost_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
-from secateur.gates import only
 from secateur.optimize.points import ERROR, OBJECTIVES, Point, best_of
 from secateur.optimize.samplers import Name, sampler
 from secateur.optimize.spaces import Kind, Space, Values
@@ -27,7 +29,7 @@ from secateur.prune import cut_out, pack_units, unpack_units
 from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome
 from secateur.scores.fisher import fisher_scores
 from secateur.subnetwork import SubNetwork, UnitScores
-from secateur.tasks import batches, check_labels, evaluate_batches, held_out
+from secateur.tasks import batches, check_labels, held_out
 from secateur.tasks.batching import token_limit
 from secateur.train import Settings, bf16_pays
 from secateur.train.supernet import Strategy, SuperNetwork
@@ -64,6 +66,8 @@ class Nas:
         order: sort heads and neurons by their Fisher information first, so that the first ones are the best ones.
         sampler: who proposes candidates: "random", "local", "evolution", "nsga2", "tpe" or "gp".
         evaluations: candidates that are judged.
+        workers: candidates judged at a time: with more than one by processes of a Ray cluster (`secateur[ray]`), which
+            hold the super-network once each; the sampler is then told so many at a time.
         stratified: draws are spread over sizes, in "small" and "medium".
         holdout: share of the training rows that candidates are judged by (2,048 at most), so that validation rows stay
             unseen; 0 judges by validation.
@@ -81,6 +85,7 @@ class Nas:
     order: bool = True
     sampler: Name = "local"
     evaluations: int = 100
+    workers: int = 1
     stratified: bool = True
     holdout: float = 0.2
     epochs: int = 5
@@ -201,27 +206,58 @@ class Nas:
     ) -> list[Point]:
         """Every candidate with its error and its costs; each evaluation is kept as soon as it is done."""
         rows = batches(job.task, "validation", job.tokenizer, max_length=token_limit(job.tokenizer, model))
-        found, draw = sites(model), self._draw(model, space)
         limits = {limit.kind: limit.limit for limit in job.constraints}
-        asked = sampler(self.sampler, space, len(objectives), seed=job.seed, draw=draw, limited=bool(limits))
-
-        def judged(sub: SubNetwork) -> float:
-            with only(found, sub):
-                return 1 - evaluate_batches(model, job.task, rows).metrics[job.task.metric]
-
+        asked = sampler(
+            self.sampler,
+            space,
+            len(objectives),
+            seed=job.seed,
+            draw=self._draw(model, space),
+            limited=bool(limits),
+        )
         points: dict[str, Point] = {}
-        with progress("searching", self.evaluations, show=job.show) as advance:
-            for number in range(self.evaluations):
-                values = asked.ask()
-                sub = space.decode(values)
-                if sub.digest not in points:
-                    error = job.run.record(f"candidate {number}", partial(judged, sub), part_of="search")
-                    counted = {kind: cost.of(sub) for kind, cost in costs.items()}
-                    points[sub.digest] = Point(number, sub, error, counted, job.run.seconds["search"])
-                point = points[sub.digest]
-                asked.tell(values, [point.of(name) for name in objectives], max(0.0, point.beyond(limits)))
-                advance(number + 1, f"error {min(p.error for p in points.values()):.3f}")
-        return list(points.values())
+        with ExitStack() as stack:
+            errors = stack.enter_context(self._judging(Judge(model, job.task, rows), job))
+            advance = stack.enter_context(progress("searching", self.evaluations, show=job.show))
+            for start in range(0, self.evaluations, self.workers):
+                drawn = [asked.ask() for _ in range(min(self.workers, self.evaluations - start))]
+                subs = {sub.digest: sub for sub in map(space.decode, drawn)}
+                new = dict(enumerate((sub for digest, sub in subs.items() if digest not in points), len(points)))
+                for number, error in errors(new).items():
+                    counted = {kind: cost.of(new[number]) for kind, cost in costs.items()}
+                    spent = job.run.seconds["search"]
+                    points[new[number].digest] = Point(number, new[number], error, counted, spent)
+                for values in drawn:
+                    point = points[space.decode(values).digest]
+                    asked.tell(values, [point.of(name) for name in objectives], max(0.0, point.beyond(limits)))
+                advance(start + len(drawn), f"error {min(p.error for p in points.values()):.3f}")
+        return sorted(points.values(), key=lambda point: point.number)
+
+    @contextmanager
+    def _judging(self, judge: Judge, job: Job) -> Iterator[Callable[[Mapping[int, SubNetwork]], dict[int, float]]]:
+        """A function from numbered sub-networks to their errors, each of which is kept as soon as it is known."""
+
+        def kept(number: int, compute: Callable[[], float]) -> float:
+            return float(job.run.record(f"candidate {number}", compute, part_of="search"))
+
+        def here(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
+            return {number: kept(number, partial(judge.error, sub)) for number, sub in subs.items()}
+
+        if self.workers == 1:
+            yield here
+            return
+        workers = Workers(judge, self.workers)
+
+        def there(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
+            begin = time.perf_counter()
+            unknown = {number: sub for number, sub in subs.items() if not job.run.has(f"candidate {number}")}
+            found = {number: kept(number, lambda e=error: e) for number, error in workers.errors(unknown)}  # type: ignore[misc]
+            found |= here({number: sub for number, sub in subs.items() if number not in unknown})
+            job.run.seconds["search"] = job.run.seconds.get("search", 0.0) + round(time.perf_counter() - begin, 3)
+            return found
+
+        with closing(workers):
+            yield there
 
     def _costs(self, job: Job, objectives: Sequence[str]) -> dict[str, Cost]:
         """What every point is counted by: all that is cheap to count, and milliseconds if they were asked for."""

@@ -8,6 +8,7 @@ is told with its violation; points that break none come before all others (Deb, 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
@@ -24,14 +25,14 @@ MOST = 1000  # variables that a model of the objectives is asked about
 
 
 class Sampler(Protocol):
-    """Asked for a vector and told its objectives, in turns."""
+    """Asked for vectors and told their objectives, in the order in which they were asked for."""
 
     def ask(self) -> Values:
-        """The next vector to evaluate."""
+        """The next vector to evaluate; several may be asked for before the first one is told."""
         ...
 
     def tell(self, values: Values, objectives: Sequence[float], violation: float = 0.0) -> None:
-        """What the vector that was asked for last has, and by how much it breaks its limits."""
+        """What the next vector that was asked for has, and by how much it breaks its limits."""
         ...
 
 
@@ -80,14 +81,14 @@ class _Random:
         self.source = random.Random(seed)
         self.draw = draw
         self.first = _first(space)
+        self.asked = 0
         self.points: list[Values] = []
         self.objectives: list[tuple[float, ...]] = []
         self.violations: list[float] = []
 
     def ask(self) -> Values:
-        if len(self.points) < len(self.first):
-            return self.first[len(self.points)]
-        return self.next()
+        self.asked += 1
+        return self.first[self.asked - 1] if self.asked <= len(self.first) else self.next()
 
     def tell(self, values: Values, objectives: Sequence[float], violation: float = 0.0) -> None:
         self.points.append(values)
@@ -103,7 +104,7 @@ class _Local(_Random):
     """One entry of a point of the front is changed; one random vector comes before."""
 
     def next(self) -> Values:
-        if len(self.points) == len(self.first):
+        if self.asked == len(self.first) + 1 or not self.points:
             return self.draw(self.source)
         rank = constrained_ranks(self.objectives, self.violations)
         front = [values for values, place in zip(self.points, rank, strict=True) if place == 0]
@@ -117,7 +118,7 @@ class _Evolution(_Random):
     tournament = 5
 
     def next(self) -> Values:
-        if len(self.points) < self.population:
+        if self.asked <= self.population or not self.points:
             return self.draw(self.source)
         alive = slice(-self.population, None)
         rank = constrained_ranks(self.objectives[alive], self.violations[alive])
@@ -142,19 +143,19 @@ class _Optuna:
         self.ranges = {v.name: optuna.distributions.IntDistribution(v.low, v.high) for v in space.variables}
         for values in _first(space):
             self.study.enqueue_trial(dict(zip(self.ranges, values, strict=True)))
-        self.trial: optuna.Trial | None = None
+        self.trials: deque[optuna.Trial] = deque()
 
     def ask(self) -> Values:
-        self.trial = self.study.ask(self.ranges)  # type: ignore[arg-type]
-        return tuple(int(self.trial.params[name]) for name in self.ranges)
+        self.trials.append(self.study.ask(self.ranges))  # type: ignore[arg-type]
+        return tuple(int(self.trials[-1].params[name]) for name in self.ranges)
 
     def tell(self, values: Values, objectives: Sequence[float], violation: float = 0.0) -> None:
-        if self.trial is None:
+        if not self.trials:
             raise SecateurError("A sampler is asked before it is told.")
+        trial = self.trials.popleft()
         if self.limited:  # of all trials or of none: one without would count as broken
-            self.trial.set_constraint("limits", violation)
-        self.study.tell(self.trial, list(objectives))
-        self.trial = None
+            trial.set_constraint("limits", violation)
+        self.study.tell(trial, list(objectives))
 
 
 def _first(space: Space) -> list[Values]:

@@ -1,0 +1,113 @@
+"""Judging sub-networks of one super-network: here, or by workers of a Ray cluster that hold it once each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur.errors import SecateurError
+from secateur.families import sites
+from secateur.gates import only
+from secateur.subnetwork import SubNetwork
+from secateur.tasks import Task, evaluate_batches
+from secateur.tasks.batching import Batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Judge:
+    """A super-network and the rows that its sub-networks are judged by.
+
+    Args:
+        model: the super-network.
+        task: says which metric decides.
+        rows: batches with labels.
+        threads: of torch, where it judges; as they are if None.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task, rows: Batches, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model, self.task, self.rows = model, task, rows
+        self.sites = sites(model)
+
+    def error(self, sub: SubNetwork) -> float:
+        """1 - metric of a sub-network, with the weights it inherits."""
+        with only(self.sites, sub):
+            return 1 - evaluate_batches(self.model, self.task, self.rows).metrics[self.task.metric]
+
+
+class Workers:
+    """Judges in processes of a Ray cluster, each of which is sent the super-network once.
+
+    A judge whose process dies is started anew, and what it was asked is asked again. Without an address in RAY_ADDRESS
+    a cluster is started on this machine, and ended with the workers.
+
+    Args:
+        judge: whose super-network and rows the workers get.
+        count: how many there are; each takes one processor, and a GPU where the super-network is on one.
+
+    Raises:
+        SecateurError: Ray is not installed, or the cluster has not as many processors.
+    """
+
+    def __init__(self, judge: Judge, count: int) -> None:
+        try:
+            self.ray: Any = import_module("ray")
+        except ImportError:
+            raise SecateurError("Several workers need Ray: install secateur[ray], or set workers to 1.") from None
+        ray = self.ray
+        self.actors: list[Any] = []
+        self.started = not ray.is_initialized()
+        if self.started:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if there < count:
+            self.close()
+            raise SecateurError(f"{count} workers need as many processors, and the cluster has {there}: ask for fewer.")
+        model, gpus = judge.model, int(judge.model.device.type == "cuda")
+        self.given = ray.put(  # held, since a worker that is started anew reads it again
+            (model, replace(judge.task, train=None, validation=None, test=None), judge.rows)
+        )
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+        threads = max(1, torch.get_num_threads() // count)
+        remote = ray.remote(**options)(_Remote)
+        self.actors = [remote.remote(self.given, threads) for _ in range(count)]
+
+    def errors(self, subs: Mapping[int, SubNetwork]) -> Iterator[tuple[int, float]]:
+        """The number of each sub-network and its error, in the order in which they are done."""
+        pool = self.ray.util.ActorPool(self.actors)
+        for number, sub in subs.items():
+            pool.submit(lambda actor, given: actor.judged.remote(*given), (number, sub.to_dict()))
+        while pool.has_next():
+            yield pool.get_next_unordered()
+
+    def processes(self) -> list[int]:
+        """The process of each worker."""
+        return list(self.ray.get([actor.process.remote() for actor in self.actors]))
+
+    def close(self) -> None:
+        """End the workers, and the cluster if it was started for them."""
+        for actor in self.actors:
+            self.ray.kill(actor)
+        if self.started:
+            self.ray.shutdown()
+
+
+class _Remote:
+    """A judge in a process of its own."""
+
+    def __init__(self, given: tuple[PreTrainedModel, Task, Batches], threads: int) -> None:
+        self.judge = Judge(*given, threads)
+
+    def judged(self, number: int, sub: dict[str, Any]) -> tuple[int, float]:
+        return number, self.judge.error(SubNetwork.from_dict(sub))
+
+    def process(self) -> int:
+        return os.getpid()
