@@ -1,6 +1,7 @@
 """Fronts of NAS: by strategy, by space, by sampler, and against methods that need no super-network.
 
     python benchmarks/nas_quality.py --task stsb --strategies one-shot standard --samplers random
+    python benchmarks/nas_quality.py --task stsb --rivals ptf "layers dropped, fine-tuned" --set epochs=2 lr=1e-4
     python benchmarks/nas_quality.py --task stsb --table      # print the tables from the kept rows
 
 Candidates are judged by 500 validation rows of a fixed shuffle, which the super-network was not trained on; the points
@@ -23,21 +24,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, Sweep, pairs
+from common import HERE, Sweep, pairs, write
 from safetensors.torch import load_file, save_file
 
 from secateur.costs.analytic import encoder_params, params
-from secateur.methods import Nas
+from secateur.families import sites
+from secateur.methods import Nas, Optin, Ptf
 from secateur.optimize.pareto import hypervolume, quantiles
 from secateur.optimize.points import front_of
+from secateur.optimize.spaces import Space
 from secateur.prune import cut_out
 from secateur.run import Job, Run
 from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate, paired_bootstrap
+from secateur.train import Settings
 
 ROWS = 500
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the encoder's parameters at which fronts are compared."""
+
+
+RIVALS: dict[str, tuple[Callable[[], Any] | None, bool]] = {
+    "optin": (Optin, False),
+    "ptf": (Ptf, False),
+    "ptf, fine-tuned": (Ptf, True),
+    "layers dropped": (None, False),
+    "layers dropped, fine-tuned": (None, True),
+}
+"""A method without training, or None for the first layers of the model; whether what is left is fine-tuned."""
 
 
 class Kept(Run):
@@ -102,6 +116,38 @@ def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -
         sweep.keep(row)
 
 
+def rivals(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -> None:
+    """Other ways to as many parameters, in the same file under "rivals"."""
+    sweep = Sweep.of(arguments.task, arguments.rows, path)
+    kept = sweep.record.setdefault("rivals", [])
+    full = SubNetwork.full(sweep.model)
+    dense = encoder_params(sweep.model).of(full)
+    for seed, name, share in product(arguments.seeds, arguments.rivals, arguments.shares):
+        key = {"method": name, "share": share, "seed": seed, "set": common}
+        if any(all(row[k] == v for k, v in key.items()) for row in kept):
+            continue
+        make, tuned = RIVALS[name]
+        start = time.perf_counter()
+        if make is None:
+            model = copy.deepcopy(sweep.model)
+            layers = int(share * len(full.heads))
+            cut_out(model, Space.of("layer", sites(model)).decode([int(i < layers) for i in range(len(full.heads))]))
+        else:
+            model = sweep.run(make(), f"encoder_params<={100 * share:g}%", seed)[0].model
+        if tuned:
+            job = Job(
+                model, sweep.tokenizer, replace(sweep.data, validation=None), [], Run(None, {}), 1, sweep.tokens, seed
+            )
+            rest = {"batch_size": 32, "max_length": 128, "warmup": 0.0, "weight_decay": 0.01, "seed": seed}
+            job.trained(model, Settings(**{**common, **rest}), [])
+        row: dict[str, Any] = {**key, "seconds": round(time.perf_counter() - start, 1)}
+        row["encoder_params"] = round(encoder_params(model).of(SubNetwork.full(model)) / dense, 5)
+        sweep.judge(model.eval(), row)
+        kept.append(row)
+        write(path, sweep.record)
+        print(json.dumps(row), flush=True)
+
+
 def volumes(record: dict[str, Any]) -> list[float]:
     """The hypervolume of each row."""
     pool = [point for row in record["rows"] for point in row["points"]]
@@ -143,6 +189,21 @@ def tables(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rivals_table(record: dict[str, Any]) -> str:
+    """The test metric of each rival at each share of encoder parameters."""
+    rows = record.get("rivals", [])
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    lines = ["| method | " + " | ".join(f"{share:.0%}".replace("%", " %") for share in shares) + " |"]
+    lines.append("|---" * (len(shares) + 1) + "|")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for share in shares:
+            found = [100 * row["test"] for row in rows if (row["method"], row["share"]) == (name, share)]
+            cells.append(f"{statistics.mean(found):.1f}" if found else "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _best(front: list[dict[str, Any]], share: float) -> dict[str, Any] | None:
     kept = [point for point in front if point["encoder_params"] <= share]
     return min(kept, key=lambda point: point["error"], default=None)
@@ -157,6 +218,8 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="*", default=["random"])
     parser.add_argument("--order", nargs="*", type=json.loads, default=[True])
     parser.add_argument("--objective", default="encoder_params")
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, help="train no super-network, but these")
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.7, 0.5, 0.34])
     parser.add_argument("--set", nargs="*", default=[], help="hyper-parameters of all, such as epochs=2")
     parser.add_argument("--rows", type=int, help="train on so many rows, the same for every seed")
     parser.add_argument("--threads", type=int, default=1)
@@ -165,8 +228,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     path = HERE / "results" / f"nas_quality_{arguments.task}.json"
     if not arguments.table:
-        measure(arguments, pairs(arguments.set), path)
-    print(tables(json.loads(path.read_text())))
+        (rivals if arguments.rivals else measure)(arguments, pairs(arguments.set), path)
+    record = json.loads(path.read_text())
+    print(tables(record), end="\n\n")
+    print(rivals_table(record))
 
 
 if __name__ == "__main__":
