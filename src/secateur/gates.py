@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families import Site, Sites, sites
+from secateur.families import Site, Sites, axis, sites
 from secateur.subnetwork import SubNetwork
 
 
@@ -47,7 +47,8 @@ def gates(
 def only(model: nn.Module | Sites, sub: SubNetwork) -> Iterator[None]:
     """Within the context the model is a sub-network of itself: as if it were sliced, empty blocks bypassed.
 
-    Layers that lose both their blocks are not computed at all, where the family allows it.
+    Layers that lose both their blocks are not computed at all, where the family allows it. A block that keeps its first
+    units computes with views of its weights, so that what is left out costs nothing; other masks are gates.
 
     Args:
         model: the model, or its resolved `Sites`.
@@ -58,20 +59,60 @@ def only(model: nn.Module | Sites, sub: SubNetwork) -> Iterator[None]:
     """
     found = model if isinstance(model, Sites) else sites(model)
     sub.check_fits(found)
-    heads, neurons = (
-        [None if all(mask) or not any(mask) else torch.tensor(mask, dtype=torch.float32) for mask in masks]
-        for masks in (sub.heads, sub.neurons)
-    )
     empty = sub.empty_blocks(found)
+    masks: list[Tensor | None] = []
     with ExitStack() as stack:
+        for site, mask in zip(found, (*sub.heads, *sub.neurons), strict=True):
+            count = sum(mask)
+            gated = 0 < count < len(mask)
+            if gated and all(mask[:count]) and _can_narrow(found, site):
+                stack.enter_context(_narrowed(site, count))
+                gated = False
+            masks.append(torch.tensor(mask, dtype=torch.float32) if gated else None)
         for site in [] if found.family.quirk else _gone(found, empty):
             stack.enter_context(_without(site.layers, site.layer_module))
         for site in empty:
             stack.callback(site.output.register_forward_hook(_nothing).remove)
             if site.norm is not None:
                 stack.callback(site.norm.register_forward_hook(_as_it_came).remove)
-        stack.enter_context(gates(found, heads, neurons))
+        stack.enter_context(gates(found, masks[: len(found.heads)], masks[len(found.heads) :]))
         yield
+
+
+def _can_narrow(found: Sites, site: Site) -> bool:
+    """Whether a block's first units are the first rows or columns of plain linear maps, and nothing counts heads."""
+    plain = all(type(module) is nn.Linear and cut.parts == 1 for module, cut in site.cuts)
+    return plain and not (site.kind == "heads" and found.family.quirk)
+
+
+@contextmanager
+def _narrowed(site: Site, count: int) -> Iterator[None]:
+    """A block of its first units, by views of its weights through which gradients reach them."""
+    units, width = site.units, site.width
+    with ExitStack() as stack:
+        for module, cut in site.cuts:
+            for name, dimension in (("weight", axis(module, cut.side)), *([("bias", 0)] if cut.side == "out" else [])):
+                if (whole := module._parameters[name]) is not None:
+                    part = whole.narrow(dimension, 0, whole.shape[dimension] // units * count)
+                    stack.enter_context(_instead(module, name, part))
+        for attributes, value in ((site.block.counts, count), (site.block.widths, count * width)):
+            for attribute in attributes:
+                stack.callback(setattr, site.module, attribute, getattr(site.module, attribute))
+                setattr(site.module, attribute, value)
+        yield
+
+
+@contextmanager
+def _instead(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """A tensor in the place of a parameter, which keeps its place in the order of parameters."""
+    usual = module._parameters[name]
+    module._parameters[name] = None
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+        module._parameters[name] = usual
 
 
 def _gone(found: Sites, empty: list[Site]) -> list[Site]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import secateur.hub as hub
 from secateur.edits import Bypass, Edit, Slice, apply_edits, edits_from_dicts
@@ -44,6 +45,42 @@ def test_only_a_sub_network_equals_what_is_cut_out(family: str, how: str, tmp_pa
     again = auto_class(family).from_pretrained(tmp_path)
     assert torch.equal(logits(again, batch), logits(small, batch))
     assert hub.edits_of(again) == hub.edits_of(small)
+
+
+def test_first_units_are_views_that_train_the_whole(family: str) -> None:
+    """A block of its first units has the outputs and gradients of a gate, and every parameter keeps its place."""
+    model, batch = tiny_model(family), tiny_batch(family)
+    found = sites(model)
+    first = [tuple(i < 1 + n % 3 for i in range(site.units)) for n, site in enumerate(found)]
+    sub = SubNetwork(tuple(first[: len(found.heads)]), tuple(first[len(found.heads) :]))
+    names = [name for name, _ in model.named_parameters()]
+    outputs, gradients = [], []
+    for way in ("views", "gates"):
+        model.zero_grad()
+        masks = sub.masks()
+        with only(model, sub) if way == "views" else gates(model, *masks):
+            outputs.append(model(**batch).logits)
+        outputs[-1].square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert torch.allclose(*outputs, atol=1e-5)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert len(gradients[0]) == len(gradients[1])
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-3, rtol=1e-3), name
+    assert [site.units for site in sites(model)] == [site.units for site in found]
+
+
+def test_first_units_cost_what_they_are() -> None:
+    """Half of BERT's heads and neurons: half of the multiply-adds of its layers."""
+    model, batch = tiny_model("bert"), tiny_batch("bert")
+    half = SubNetwork(((True, True, False, False),) * 3, ((True,) * 24 + (False,) * 24,) * 3)
+
+    def count(sub: SubNetwork) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), only(model, sub):
+            model.bert.encoder(model.bert.embeddings(batch["input_ids"]))
+        return int(counter.get_total_flops())
+
+    assert count(half) == count(SubNetwork.full(model)) // 2
 
 
 def test_a_layer_without_both_blocks_is_not_there(family: str) -> None:
