@@ -23,6 +23,7 @@ from secateur.run import read_json, write_json
 
 SCHEMA = 1
 MARK = "front.json"
+POINT = "point.json"
 NETWORK = "supernet"
 
 
@@ -75,7 +76,7 @@ class Front:
         return pareto_within(self.points, self.objectives, self.limits)
 
     def best(self, budget: str) -> Point:
-        """The point with the least error within a budget; shares are those of the model as given.
+        """The point with the least error within a budget and the front's limits; shares are of the model as given.
 
         Args:
             budget: see `Budget.parse`, such as "params<=60%,latency<=10ms".
@@ -90,6 +91,8 @@ class Front:
                 hint = ": search with the objectives error,latency" if term.kind == "latency" else ""
                 raise InvalidBudget(f"The front counts {', '.join(counted)}, not '{term.kind}'{hint}.")
         limits = {term.counts: term.limit(counted[term.counts]) for term in asked.terms}
+        for kind, limit in self.limits.items():
+            limits[kind] = min(limit, limits.get(kind, limit))
         best = best_of(self.points, limits)
         if best is None:
             nearest = min(self.points, key=lambda point: point.beyond(limits))
@@ -124,24 +127,30 @@ class Front:
 
         Args:
             point: a point, or its number.
-            out: folder to write model, tokenizer and model card to, whole or not at all; None writes nothing.
+            out: folder to write model, tokenizer, model card and `point.json` to, whole or not at all; None writes
+                nothing.
 
         Returns:
             A model of its own, which computes what the point did.
         """
         chosen = self.point(point) if isinstance(point, int) else point
         if out is not None:
-            hub.check_target(out, "config.json", self.source)
+            hub.check_target(out, POINT, self.source)
         model = copy.deepcopy(self.model)
         cut_out(model, chosen.sub)
         if out is not None:
-            text = front_card(self.to_dict(), chosen.to_dict())
-            hub.save_folder(out, lambda fresh: hub.write_model(fresh, model, self.tokenizer, text))
+            record = self.to_dict()
+
+            def write(fresh: Path) -> None:
+                hub.write_model(fresh, model, self.tokenizer, front_card(record, chosen.to_dict()))
+                write_json(fresh / POINT, {"front": record["name"], "model": self.source, **chosen.to_dict()})
+
+            hub.save_folder(out, write)
         return model
 
     def hypervolume(self) -> float:
         """Share of the box from nothing to the model as given (in error: to 1) that the front dominates."""
-        return volumes(self.points, self.objectives, self.dense["costs"])[-1]
+        return volumes(self.points, self.objectives, self.dense["costs"], self.limits)[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `front.json`."""
@@ -151,7 +160,7 @@ class Front:
         record |= {
             "judged": {str(number): value for number, value in self.judged.items()},
             "front": [point.number for point in self.pareto()],
-            "volumes": volumes(self.points, self.objectives, self.dense["costs"]),
+            "volumes": volumes(self.points, self.objectives, self.dense["costs"], self.limits),
         }
         return {"secateur": self.versions["secateur"], "schema": SCHEMA, "model": self.source, **record}
 
@@ -179,6 +188,7 @@ class Front:
             SecateurError: it is none, or of another version.
         """
         record = read_front(folder)
+        place = Path(record["folder"])
         try:
             values = {f.name: record[f.name] for f in fields(cls) if f.name in record and f.name != "model"}
             values |= {"source": record["model"], "objectives": tuple(record["objectives"])}
@@ -186,8 +196,11 @@ class Front:
             values["judged"] = {int(number): found for number, found in record["judged"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SecateurError(f"'{folder}' is damaged ({type(error).__name__} {error}): search again.") from None
-        network = Path(folder) / NETWORK
-        return cls(**values, model=hub.open_any(network), tokenizer=hub.open_tokenizer(network))
+        network = place / NETWORK
+        try:
+            return cls(**values, model=hub.open_any(network), tokenizer=hub.open_tokenizer(network))
+        except TypeError as error:
+            raise SecateurError(f"'{folder}' is damaged ({error}): search again.") from None
 
 
 def pareto_within(points: list[Point], objectives: tuple[str, ...], limits: Mapping[str, float]) -> list[Point]:
@@ -202,15 +215,25 @@ def pareto_within(points: list[Point], objectives: tuple[str, ...], limits: Mapp
     return front_of(kept, objectives)
 
 
-def volumes(points: list[Point], objectives: tuple[str, ...], dense: Mapping[str, float]) -> list[float]:
-    """Share of the box from nothing to the dense model's costs, and to an error of 1, that points dominate.
+def volumes(
+    points: list[Point], objectives: tuple[str, ...], dense: Mapping[str, float], limits: Mapping[str, float]
+) -> list[float]:
+    """Share of the box from nothing to the dense model's costs, and to an error of 1, that points within limits cover.
 
     Returns:
         The share after each evaluation.
     """
-    scaled = [[point.of(name) / (1.0 if name == ERROR else dense[name]) for name in objectives] for point in points]
     reference = [1.0 if name == ERROR else 1.0 + 1e-9 for name in objectives]
-    return [round(hypervolume(scaled[: count + 1], reference), 6) for count in range(len(points))]
+    front: list[list[float]] = []
+    found = [0.0]
+    for point in points:
+        here = [point.of(name) / (1.0 if name == ERROR else dense[name]) for name in objectives]
+        if point.beyond(limits) > 0 or any(all(a <= b for a, b in zip(other, here, strict=True)) for other in front):
+            found.append(found[-1])
+            continue
+        front = [other for other in front if any(a < b for a, b in zip(other, here, strict=True))] + [here]
+        found.append(round(hypervolume(front, reference), 6))
+    return found[1:]
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import yaml
 
 from secateur import hub
+from secateur.checks import check_fields, check_shares
 from secateur.compressing import compress
 from secateur.costs.budget import Budget
 from secateur.costs.latency import time_interleaved
+from secateur.edits.tokens import at_rest
 from secateur.errors import SecateurError
 from secateur.front import Front, read_record
 from secateur.given import judged_by, length_of, opened, setting_of
 from secateur.methods import method_of
-from secateur.optimize.points import Point, check_objectives
+from secateur.optimize.points import ERROR, OBJECTIVES, Point, check_objectives
 from secateur.report import write_report
 from secateur.report.card import card
-from secateur.results import Result, measured
+from secateur.results import Result, measured, versions, weights_digest
 from secateur.run import Method, Run, write_json
 from secateur.searching import search
 from secateur.starting import described
-from secateur.tasks import Task, check_labels, evaluate, load_task
-from secateur.tasks.metrics import paired_bootstrap
+from secateur.tasks import Evaluation, Task, check_labels, evaluate, load_task
+from secateur.tasks import fingerprint as data_fingerprint
+from secateur.tasks.heads import head_class
+from secateur.tasks.metrics import compute, paired_bootstrap
 from secateur.train import finetune
 
 KINDS = ("method", "search", "finetune")
-FINETUNE = {"epochs": 3, "lr": 5e-5, "batch_size": 32, "max_length": 128, "dropout": None}
-"""What a stage of fine-tuning may set."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """What a stage of fine-tuning may set, as `finetune` takes it."""
+
+    epochs: int = 3
+    lr: float = 5e-5
+    batch_size: int = 32
+    max_length: int = 128
+    dropout: float | None = None
+
+    name: ClassVar[str] = "finetune"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_shares(self, "dropout", below=True)
 
 
 @dataclass(frozen=True)
@@ -41,22 +62,29 @@ class Stage:
     """One step of a recipe.
 
     Attributes:
-        kind: "method", "search" or "finetune".
-        name: of its folder.
-        method: with its hyper-parameters; None for fine-tuning.
+        does: a method with its hyper-parameters, or fine-tuning.
         budget: of a method, or limits of a search.
-        objectives: of a search.
+        objectives: of a search; empty for what makes one model.
         pick: the point of a search that goes on: a budget, "knee", or a number.
-        settings: of fine-tuning.
     """
 
-    kind: str
-    name: str
-    method: Method | None
-    budget: str | None
-    objectives: tuple[str, ...]
-    pick: str
-    settings: Mapping[str, Any]
+    does: Method | Finetune
+    budget: str | None = None
+    objectives: tuple[str, ...] = ()
+    pick: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.does.name} {self.pick or self.budget or ''}".strip()
+
+    @property
+    def mark(self) -> str:
+        """A file that the folder of the stage holds once it is done."""
+        return "front.json" if self.objectives else "config.json" if isinstance(self.does, Finetune) else "result.json"
+
+    def key(self, before: str) -> str:
+        """What the folder of the stage depends on: its settings, and those of what came before."""
+        settings = [self.does.name, asdict(self.does), self.budget, self.objectives]  # type: ignore[arg-type]
+        return hashlib.sha256(json.dumps([before, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -69,18 +97,16 @@ class Recipe:
         stages: in order; each begins with the model that the one before left.
         tokenizer: of the model, if its folder has none.
         split, batch, tokens, seed: as for `compress`.
-        text: the recipe as plain values, which a resumed run compares.
     """
 
     model: str
-    task: Mapping[str, Any]
+    task: Mapping[str, str]
     stages: tuple[Stage, ...]
-    tokenizer: str | None
-    split: str | None
-    batch: int
-    tokens: int | None
-    seed: int
-    text: Mapping[str, Any]
+    tokenizer: str | None = None
+    split: str | None = None
+    batch: int = 1
+    tokens: int | None = None
+    seed: int = 0
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -99,29 +125,27 @@ class Recipe:
 
     @classmethod
     def parse(cls, content: object) -> Recipe:
-        """Check a recipe: every key, hyper-parameter and budget, before anything is computed.
+        """Check a recipe: every key, type, hyper-parameter and budget, before anything is computed.
 
         Raises:
             SecateurError: names the stage and what is wrong with it.
         """
-        recipe = _keys(
-            content, "A recipe", {"model", "task", "stages"}, {"tokenizer", "split", "batch", "tokens", "seed"}
-        )
+        kinds = {"tokenizer": str, "split": str, "batch": int, "tokens": int, "seed": int}
+        recipe = _keys(content, "A recipe", {"model", "task", "stages"}, set(kinds))
+        given = {key: recipe[key] for key in kinds if recipe.get(key) is not None}
         task = {"data": recipe["task"]} if isinstance(recipe["task"], str) else recipe["task"]
         _keys(task, "'task'", {"data"}, {"text", "label", "metric"})
+        _typed({"model": recipe["model"], **{f"task, {key}": value for key, value in task.items()}, **given}, kinds)
         if not isinstance(recipe["stages"], list) or not recipe["stages"]:
             raise SecateurError("A recipe has 'stages', a list of one or more.")
-        return cls(
-            model=str(recipe["model"]),
-            task=task,
-            stages=tuple(_stage(number, stage) for number, stage in enumerate(recipe["stages"], 1)),
-            tokenizer=recipe.get("tokenizer"),
-            split=recipe.get("split"),
-            batch=recipe.get("batch", 1),
-            tokens=recipe.get("tokens"),
-            seed=recipe.get("seed", 0),
-            text=recipe,
-        )
+        stages = tuple(_stage(number, stage) for number, stage in enumerate(recipe["stages"], 1))
+        names = [stage.does.name for stage in stages]
+        if "bit" in names and (names.index("bit") < len(names) - 1 or "late" in names):
+            raise SecateurError(
+                "bit is the last stage, and does not go with late: a binary model cannot be cut any more, and one that "
+                "eliminates tokens cannot be made binary."
+            )
+        return cls(model=recipe["model"], task=task, stages=stages, **given)
 
 
 def run_recipe(
@@ -136,9 +160,11 @@ def run_recipe(
 
     Args:
         recipe: a YAML file, or its content.
-        out: folder to write the last model to, with `result.json` (first model against last), one `report.html` for
-            everything, and `stages/` with the folder of each. Until then stages are kept in `<out>.run`.
-        resume: go on with a run that was killed: finished stages are not done again, the last one goes on.
+        out: folder to write the last model to, with `result.json` (first model against last; if the recipe begins by
+            fine-tuning, the model that is left by that), one `report.html` for everything, and `stages/` with the
+            folder of each. Until then stages are kept in `<out>.run`.
+        resume: go on with a run that was killed, or whose recipe was changed: what is done again begins with the first
+            stage that is not finished, or not the same.
         seconds: how long to time two models, in turns.
         progress: show progress on standard error.
 
@@ -147,22 +173,39 @@ def run_recipe(
     """
     made = Recipe.read(recipe) if isinstance(recipe, (str, Path)) else Recipe.parse(recipe)
     hub.check_target(out, "result.json", made.model)
-    data = load_task(made.task["data"], seed=made.seed, **{key: made.task[key] for key in made.task if key != "data"})
+    data = load_task(made.task["data"], seed=made.seed, **{k: v for k, v in made.task.items() if k != "data"})
+    learns = isinstance(made.stages[0].does, Finetune)  # then a head may be missing, and is drawn at random
+    first = hub.open_model(made.model, head_class(data), trained=not learns)
     target = Path(out).resolve()
-    run = Run(target.with_name(f"{target.name}.run"), {"recipe": dict(made.text)}, resume=resume)
-    folder, model, records = run.folder or target, made.model, []
+    identity = {
+        "model": made.model if learns else weights_digest(first),
+        "task": [data_fingerprint(data), dict(made.task)],
+        "setting": [made.tokenizer, made.split, made.batch, made.tokens, made.seed],
+        "versions": versions(),
+    }
+    run = Run(target.with_name(f"{target.name}.run"), identity, resume=resume)
+    work = _Work(made, data, run.folder or target, seconds, progress)
+    model = base = made.model
+    key, spent, records = "", {}, []
     for number, stage in enumerate(made.stages, 1):
-        place = folder / f"{number}-{stage.name}"
-        step = partial(_done, made, stage, data, model, place, seconds, progress)
-        model = str(run.timed(place.name, step))
-        records += [read_record(place)] if stage.kind != "finetune" else []
-    result = _compared(made, data, model, seconds, run.seconds)
+        name, key = f"{number}-{stage.does.name}", stage.key(key)
+        model = str(work.done(stage, name, key, model))
+        key += stage.pick
+        spent[name] = work.seconds_of(name)
+        if all(isinstance(each.does, Finetune) for each in made.stages[:number]):
+            base = model
+        if not isinstance(stage.does, Finetune):
+            records.append({**read_record(work.folder / name), "folder": str(target / "stages" / name)})
+    result = _compared(made, data, base, model, seconds, spent)
     record = result.to_dict()
 
     def write(fresh: Path) -> None:
         hub.write_model(fresh, result.model, result.tokenizer, card(record))
         write_json(fresh / "result.json", record)
-        shutil.copytree(folder, fresh / "stages", ignore=shutil.ignore_patterns("*.run", "run.json"))
+        for name in spent:
+            shutil.copytree(work.folder / name, fresh / "stages" / name)
+        for one in records:  # their pages name the folder that they are in now
+            write_report([one], fresh / "stages" / Path(one["folder"]).name / "report.html")
         write_report([record, *records], fresh / "report.html")
 
     hub.save_folder(out, write)
@@ -170,37 +213,56 @@ def run_recipe(
     return result
 
 
-def _done(made: Recipe, stage: Stage, data: Task, model: str, place: Path, seconds: float, progress: bool) -> Path:
-    """The folder of the model that a stage leaves; a finished stage is not done again."""
-    tokenizer = made.tokenizer if model == made.model else None
-    going_on = place.with_name(f"{place.name}.run").exists()
-    common: dict[str, Any] = {
-        "task": data,
-        "budget": stage.budget,
-        "out": place,
-        "tokenizer": tokenizer,
-        "split": made.split,
-        "batch": made.batch,
-        "tokens": made.tokens,
-        "seed": made.seed,
-        "resume": going_on,
-        "progress": progress,
-    }
-    if stage.method is None:
-        if not (place / "config.json").is_file():
-            settings = {**FINETUNE, **stage.settings}
-            finetune(model, tokenizer, data, place, seed=made.seed, resume=going_on, progress=progress, **settings)
-        return place
-    if stage.kind == "method":
-        if not (place / "result.json").is_file():
-            compress(model, stage.method, seconds=seconds, **common)
-        return place
-    if not (place / "front.json").is_file():
-        search(model, stage.method, objectives=stage.objectives, **common)
-    front, chosen = Front.load(place), place / "picked"
-    if not (chosen / "config.json").is_file():
-        front.extract(_picked(front, stage.pick), chosen)
-    return chosen
+@dataclass
+class _Work:
+    """What the stages of a run share."""
+
+    made: Recipe
+    data: Task
+    folder: Path
+    seconds: float
+    progress: bool
+
+    def done(self, stage: Stage, name: str, key: str, model: str) -> Path:
+        """The folder of the model that a stage leaves; what is there is kept if it is of the same settings."""
+        place, note, clock = self.folder / name, self.folder / f"{name}.key", self.folder / f"{name}.seconds"
+        if not note.is_file() or note.read_text() != key:
+            for old in (place, place.with_name(f"{name}.run")):
+                shutil.rmtree(old, ignore_errors=True)
+            clock.write_text("0")
+            note.write_text(key)
+        if not (place / stage.mark).is_file():
+            start = time.perf_counter()
+            self._do(stage, place, model)
+            clock.write_text(f"{self.seconds_of(name) + time.perf_counter() - start:.3f}")
+        if not stage.objectives:
+            return place
+        front = Front.load(place)
+        point = _picked(front, stage.pick)
+        chosen = place / f"point-{point.number}"
+        if not (chosen / "config.json").is_file():
+            front.extract(point, chosen)
+        return chosen
+
+    def seconds_of(self, name: str) -> float:
+        """What a finished stage took."""
+        return float((self.folder / f"{name}.seconds").read_text())
+
+    def _do(self, stage: Stage, place: Path, model: str) -> None:
+        made = self.made
+        tokenizer = made.tokenizer if model == made.model else None
+        run = place.with_name(f"{place.name}.run")
+        resume = any((run / marker).is_file() for marker in ("run.json", "finetune.json"))
+        common: dict[str, Any] = {"seed": made.seed, "resume": resume, "progress": self.progress}
+        if isinstance(stage.does, Finetune):
+            finetune(model, tokenizer, self.data, place, **asdict(stage.does), **common)
+            return
+        common |= {"task": self.data, "budget": stage.budget, "out": place, "tokenizer": tokenizer}
+        common |= {"split": made.split, "batch": made.batch, "tokens": made.tokens}
+        if stage.objectives:
+            search(model, stage.does, objectives=stage.objectives, **common)
+        else:
+            compress(model, stage.does, seconds=self.seconds, **common)
 
 
 def _picked(front: Front, pick: str) -> Point:
@@ -209,23 +271,27 @@ def _picked(front: Front, pick: str) -> Point:
     return front.point(int(pick)) if pick.isdecimal() else front.best(pick)
 
 
-def _compared(made: Recipe, data: Task, last: str, seconds: float, spent: dict[str, float]) -> Result:
-    """The last model against the first, judged and timed in one place."""
-    source, first, words = opened(made.model, made.tokenizer, data)
+def _compared(made: Recipe, data: Task, base: str, last: str, seconds: float, spent: dict[str, float]) -> Result:
+    """The last model against the first one that was trained for the task, judged and timed in one place."""
+    source, first, words = opened(base, made.tokenizer if base == made.model else None, data)
     _, model, _ = opened(last, None, data)
-    data = check_labels(data, first)
-    rows, length = judged_by(data, made.split), length_of(data, first, words, made.tokens)
-    before, after = (evaluate(net, words, data, rows) for net in (first, model))
+    first = at_rest(first)
+    ours = check_labels(data, first)
+    searched = any(getattr(stage.does, "holdout", 1) == 0 for stage in made.stages)
+    rows = judged_by(data, "test" if searched and made.split is None and "test" in data.splits() else made.split)
+    length = length_of(data, first, words, made.tokens)
+    before = evaluate(first, words, ours, rows)
+    after = _in_order_of(before, evaluate(model, words, data, rows), ours)
     timings = time_interleaved({"before": first, "after": model}, made.batch, length, seconds=seconds)
-    method = {"name": "recipe", "stages": [_described(stage) for stage in made.stages]}
+    method = {"name": "recipe", "stages": [str(stage) for stage in made.stages]}
     record = described(source, data, rows, method, made.seed, "run_recipe")
     record["task"]["difference"] = paired_bootstrap(
-        data.metric, before.logits, after.logits, before.labels, names=data.label_names or ()
+        data.metric, before.logits, after.logits, before.labels, names=ours.label_names or ()
     )
     return Result(
         **record,
         name="recipe",
-        budget={"text": ", then ".join(_described(stage) for stage in made.stages), "terms": []},
+        budget={"text": ", then ".join(map(str, made.stages)), "terms": []},
         before=measured(first, made.batch, length, before.metrics, timings["before"]),
         after=measured(model, made.batch, length, after.metrics, timings["after"]),
         predicted={},
@@ -241,9 +307,15 @@ def _compared(made: Recipe, data: Task, last: str, seconds: float, spent: dict[s
     )
 
 
-def _described(stage: Stage) -> str:
-    """A stage in a few words."""
-    return f"{stage.name} {stage.pick or stage.budget or ''}".strip()
+def _in_order_of(before: Evaluation, after: Evaluation, data: Task) -> Evaluation:
+    """An evaluation with its classes in the order of another one of the same rows."""
+    if data.kind == "regression" or torch.equal(before.labels, after.labels):
+        return after
+    place = dict(zip(before.labels.flatten().tolist(), after.labels.flatten().tolist(), strict=True))
+    left = [b for b in range(data.num_labels) if b not in place.values()]
+    order = [place[a] if a in place else left.pop(0) for a in range(data.num_labels)]
+    logits = after.logits[..., order]
+    return Evaluation(compute(data, logits, before.labels), logits, before.labels)
 
 
 def _stage(number: int, content: object) -> Stage:
@@ -254,28 +326,41 @@ def _stage(number: int, content: object) -> Stage:
     if len(kinds) != 1:
         raise SecateurError(f"{where} has one of {', '.join(KINDS)}.")
     kind = kinds[0]
+    others = {"finetune": set(), "method": {"set", "budget"}, "search": {"set", "budget", "objectives", "pick"}}
+    _keys(stage, where, {kind}, others[kind])
     if kind == "finetune":
-        _keys(stage, where, {"finetune"}, set())
-        settings = _keys(stage["finetune"] or {}, f"{where}, finetune,", set(), set(FINETUNE))
-        return Stage(kind, "finetune", None, None, (), "", {key: _value(value) for key, value in settings.items()})
-    only = {"objectives", "pick"} if kind == "search" else set()
-    _keys(stage, where, {kind}, {"set", "budget"} | only)
-    settings = _keys(stage.get("set") or {}, f"{where}, set,", set(), None)
+        settings = _keys(stage[kind] or {}, f"{where}, finetune,", set(), {f.name for f in fields(Finetune)})
+    else:
+        settings = _keys(stage.get("set") or {}, f"{where}, set,", set(), None)
+    settings = {key: _value(value) for key, value in settings.items()}
     try:
-        method = method_of(str(stage[kind]), **{key: _value(value) for key, value in settings.items()})
-        if kind == "search" and not hasattr(method, "search"):
-            raise SecateurError(f"{method.name} makes one model, not a front.")
+        if kind == "finetune":
+            return Stage(Finetune(**settings))
+        method = method_of(str(stage[kind]), **settings)
         budget = stage.get("budget", method.usual_budget if kind == "method" else None)
-        if budget is not None:
-            Budget.parse(str(budget)).check_kinds(method.budgets, method.name)
-        pick = str(stage.get("pick", "knee")) if kind == "search" else ""
-        if pick not in ("", "knee") and not pick.isdecimal():
-            Budget.parse(pick)
-        asked = stage.get("objectives", ["error", "params"])
-        objectives = check_objectives(asked.replace(" ", "").split(",") if isinstance(asked, str) else asked)
+        text = None if budget is None else str(budget)
+        asked = Budget.parse(text) if text is not None else None
+        if asked is not None:
+            asked.check_kinds(method.budgets, method.name)
+        if kind == "method":
+            return Stage(method, text)
+        if not hasattr(method, "search"):
+            raise SecateurError(f"{method.name} makes one model, not a front.")
+        objectives = _objectives(stage.get("objectives", "error,params"))
+        pick = str(stage.get("pick", "knee"))
+        if pick != "knee" and not pick.isdecimal():
+            counted = {name for name in OBJECTIVES if name not in (ERROR, "latency") or name in objectives}
+            Budget.parse(pick).check_kinds(counted | (asked.kinds if asked else set()) | {"speedup"}, "pick")
     except SecateurError as error:
         raise SecateurError(f"{where}: {error}") from None
-    return Stage(kind, method.name, method, budget and str(budget), objectives, pick, {})
+    return Stage(method, text, objectives, pick)
+
+
+def _objectives(asked: object) -> tuple[str, ...]:
+    names = asked.replace(" ", "").split(",") if isinstance(asked, str) else asked
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SecateurError(f"'objectives' is a list of names, not {asked!r}.")
+    return check_objectives(names)
 
 
 def _keys(content: object, where: str, needed: set[str], others: set[str] | None) -> dict[str, Any]:
@@ -288,6 +373,14 @@ def _keys(content: object, where: str, needed: set[str], others: set[str] | None
     if others is not None and (unknown := sorted(set(content) - known)):
         raise SecateurError(f"{where} has no {', '.join(unknown)}: it has {', '.join(sorted(known))}.")
     return dict(content)
+
+
+def _typed(values: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Refuse what is neither a text nor, where `kinds` says so, a whole number."""
+    for key, value in values.items():
+        kind = kinds.get(key, str)
+        if type(value) is not kind or (isinstance(value, int) and value < (0 if key == "seed" else 1)):
+            raise SecateurError(f"A recipe: {key} is {'a text' if kind is str else 'a whole number'}, not {value!r}.")
 
 
 def _value(value: Any) -> Any:

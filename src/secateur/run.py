@@ -204,11 +204,14 @@ class Run:
                     f"The run at '{folder}' was started with another {', '.join(changed)}: run without --resume."
                 )
         else:
-            if folder.exists() and not marker.is_file():
+            if folder.exists() and not marker.is_file() and any(folder.iterdir()):
                 raise SecateurError(f"'{folder}' is in the way: the run keeps its stages there. Move it.")
+            fresh = folder.with_name(f".{folder.name}.new")  # a folder without its marker could not be resumed
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            write_json(fresh / marker.name, identity)
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_json(marker, identity)
+            fresh.rename(folder)
 
     def tensors(
         self, stage: str, compute: Callable[[], dict[str, Tensor]], *, part_of: str | None = None

@@ -55,7 +55,8 @@ def search(
         budget: limits that the front keeps, such as "latency<=10ms"; None for none.
         out: folder to write super-network, `front.json` and `report.html` to; None writes nothing.
         tokenizer: the model's tokenizer; read from the model's folder if None.
-        split: rows to judge the front by; validation if the task has it and the search did not see it, else test.
+        split: rows to judge the front by; validation if the task has it and the search did not see it, else test. The
+            page says so if only rows that the search chose by are left.
         batch: examples per pass at which MACs and latency count.
         tokens: tokens per example; the task's median real length if None.
         seed: of every random choice.
@@ -87,6 +88,7 @@ def search(
         mark=MARK,
         verb="search",
         identity={"objectives": list(wanted)},
+        loose=True,
         tokenizer=tokenizer,
         split=split,
         batch=batch,
@@ -106,6 +108,7 @@ def search(
         cut_out(twin, point.sub)
         judged[point.number] = _judged(started, twin, point, before, seconds if timed else None)
     record = started.record("search")
+    record["task"]["searched"] = not getattr(chosen, "holdout", 0) and started.rows == "validation"
     full = SubNetwork.full(job.model)
     front = Front(
         **record,

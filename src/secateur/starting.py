@@ -102,6 +102,7 @@ def start(
     mark: str,
     verb: str,
     identity: dict[str, Any] | None = None,
+    loose: bool = False,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     split: str | None = None,
     batch: int = 1,
@@ -113,7 +114,8 @@ def start(
     """Open what a verb is given, refuse what cannot be done, and begin or go on with the run.
 
     Besides what `compress` takes: the method with its hyper-parameters, the budget (None for no limits), `mark`, a file
-    that an earlier output in `out` holds, the verb for messages, and `identity`, what else the run depends on.
+    that an earlier output in `out` holds, the verb for messages, `identity`, what else the run depends on, and `loose`,
+    whether the model as given may meet the budget.
     """
     if asked is not None:
         asked.check_kinds(method.budgets, method.name)
@@ -146,7 +148,7 @@ def start(
         **(identity or {}),
     }
     run = Run(_run_folder(out), depends, resume=resume)
-    limits = _limits(run, asked, net, batch, length, method.cuts_units) if asked else []
+    limits = _limits(run, asked, net, batch, length, method.cuts_units, loose) if asked else []
     return Started(source, Job(net, words, data, limits, run, batch, length, seed, progress), rows, settings)
 
 
@@ -160,8 +162,10 @@ def _run_folder(out: str | Path | None) -> Path | None:
     return None if out is None else Path(out).resolve().with_name(f"{Path(out).resolve().name}.run")
 
 
-def _limits(run: Run, asked: Budget, model: PreTrainedModel, batch: int, tokens: int, units: bool) -> list[Constraint]:
+def _limits(
+    run: Run, asked: Budget, model: PreTrainedModel, batch: int, tokens: int, units: bool, loose: bool
+) -> list[Constraint]:
     """The budget resolved on this model; limits in milliseconds are kept, since they are measured."""
-    limits = constraints(asked, model, batch, tokens, units=units)
+    limits = constraints(asked, model, batch, tokens, units=units, loose=loose)
     kept: list[float] = run.record("limits", lambda: [constraint.limit for constraint in limits])
     return [replace(constraint, limit=limit) for constraint, limit in zip(limits, kept, strict=True)]

@@ -86,12 +86,60 @@ def test_a_stopped_run_goes_on(dense: Path, tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("secateur.recipes.finetune", stop)
         run_recipe(recipe, tmp_path / "out", seconds=0.02)
-    with pytest.raises(SecateurError, match="another recipe"):
+    with pytest.raises(SecateurError, match="another setting"):
         run_recipe({**recipe, "seed": 3}, tmp_path / "out", resume=True)
     monkeypatch.setattr("secateur.recipes.compress", stop)
     resumed = run_recipe(recipe, tmp_path / "out", resume=True, seconds=0.02)
     batch = tiny_batch("bert")
     assert torch.equal(logits(resumed.model, batch), logits(whole.model, batch))
+
+
+def test_a_corrected_recipe_keeps_what_is_the_same(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pick that no point meets is found after the search; another pick then goes on without a new search."""
+    nas = {"search": "nas", "set": QUICK["nas"], "pick": "params<=1%"}
+    recipe = quick(EXAMPLES[0], dense) | {"stages": [{"finetune": {"epochs": 1}}, nas, {"finetune": {"epochs": 1}}]}
+    with pytest.raises(SecateurError, match=r"None of \d+ points is within params<=1%"):
+        run_recipe(recipe, tmp_path / "out", seconds=0.02)
+    recipe["stages"][1] = {**nas, "pick": "params<=70%"}
+
+    def stop(*given: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.recipes.search", stop)
+        result = run_recipe(recipe, tmp_path / "out", resume=True, seconds=0.02)
+    assert result.after.params <= 0.7 * result.before.params
+    assert result.seconds["2-nas"] > 0.1  # of the first attempt
+    page = (tmp_path / "out" / "stages" / "2-nas" / "report.html").read_text()
+    assert f"secateur extract {tmp_path / 'out' / 'stages' / '2-nas'} --point" in page
+
+
+def test_a_recipe_may_begin_with_a_model_without_a_head(dense: Path, tmp_path: Path) -> None:
+    """What is compared with is then the model that fine-tuning left."""
+    tiny_model("bert").bert.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = quick(EXAMPLES[0], dense) | {"model": str(tmp_path / "base")}
+    recipe["stages"] = [{"finetune": {"epochs": 1}}, {"method": "ptf", "budget": "macs<=80%", "set": QUICK["ptf"]}]
+    result = run_recipe(recipe, tmp_path / "out", seconds=0.02)
+    assert result.after.macs <= 0.8 * result.before.macs
+    ptf = json.loads((tmp_path / "out" / "stages" / "2-ptf" / "result.json").read_text())
+    assert result.before.metrics == ptf["before"]["metrics"]
+    assert result.after.metrics == ptf["after"]["metrics"]
+
+
+def test_classes_in_another_order_are_compared_as_they_are_named(dense: Path, tmp_path: Path) -> None:
+    """The first model knows its classes the other way round than fine-tuning names them."""
+    model = tiny_model("bert")
+    model.config.id2label, model.config.label2id = {0: "1", 1: "0"}, {"1": 0, "0": 1}
+    model.save_pretrained(dense)
+    recipe = quick(EXAMPLES[0], dense) | {
+        "stages": [{"method": "ptf", "set": QUICK["ptf"]}, {"finetune": {"epochs": 1}}]
+    }
+    result = run_recipe(recipe, tmp_path / "out", seconds=0.02)
+    change = result.after.metrics["accuracy"] - result.before.metrics["accuracy"]
+    assert result.task["difference"][0] == pytest.approx(change)
 
 
 def test_the_command_line(dense: Path, tmp_path: Path) -> None:
@@ -107,8 +155,8 @@ def test_numbers_as_people_write_them() -> None:
     """YAML takes 5e-5 for text."""
     stages = yaml.safe_load("- {finetune: {lr: 5e-5}}\n- {method: late, set: {lr: 1e-4}}")
     first, second = Recipe.parse({"model": "m", "task": "sst2", "stages": stages}).stages
-    assert first.settings["lr"] == 5e-5
-    assert second.method.lr == 1e-4  # type: ignore[union-attr]
+    assert first.does.lr == 5e-5  # type: ignore[union-attr]
+    assert second.does.lr == 1e-4  # type: ignore[union-attr]
     assert second.budget == "speedup>=2"
 
 
@@ -130,6 +178,16 @@ def test_numbers_as_people_write_them() -> None:
         ({"stages": [{"search": "nas", "pick": "best"}]}, "Stage 1: Unknown budget 'best'"),
         ({"stages": [{"search": "nas", "objectives": "error,joy"}]}, "Stage 1: There is no objective 'joy'"),
         ({"stages": [{"finetune": {"rate": 1}}]}, "Stage 1, finetune, has no rate: it has batch_size"),
+        ({"stages": [{"finetune": {"epochs": 0}}]}, "Stage 1: finetune: epochs is a whole number from 1"),
+        ({"stages": [{"finetune": {"dropout": 3}}]}, "Stage 1: finetune: dropout is a share"),
+        ({"stages": [{"search": "nas", "objectives": 5}]}, "Stage 1: 'objectives' is a list of names, not 5"),
+        ({"stages": [{"search": "nas", "pick": "latency<=5ms"}]}, "Stage 1: pick takes no 'latency' budget"),
+        ({"stages": [{"method": "bit"}, {"method": "ptf"}]}, "bit is the last stage"),
+        ({"stages": [{"method": "late"}, {"method": "bit"}]}, "bit is the last stage, and does not go with late"),
+        ({"batch": "two"}, "batch is a whole number, not 'two'"),
+        ({"tokens": 0}, "tokens is a whole number, not 0"),
+        ({"task": {"data": 3}}, "task, data is a text, not 3"),
+        ({"model": None}, "model is a text, not None"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_done(content: Any, message: str) -> None:

@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 import secateur
 from secateur.cli import app
 from secateur.costs.analytic import params
+from secateur.costs.latency import Timing
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
 from secateur.front import Front, volumes
 from secateur.gates import only
 from secateur.methods.nas import Nas
+from secateur.optimize.points import Point
 from secateur.report import render
 from secateur.subnetwork import SubNetwork
 from tests.conftest import ENCODERS, tiny_batch, tiny_model
@@ -87,10 +89,15 @@ def test_the_volume_by_hand(front: Front) -> None:
 
     class Fake:
         def __init__(self, values: dict[str, float]) -> None:
-            self.of = values.__getitem__
+            self.of, self.costs = values.__getitem__, values
 
-    points: Any = [Fake(one), Fake(two)]
-    assert volumes(points, ("error", "params"), {"params": 100.0}) == pytest.approx([0.4, 0.55])
+        beyond = Point.beyond
+
+    worse = {"error": 0.4, "params": 60.0}
+    points: Any = [Fake(one), Fake(worse), Fake(two), Fake(one)]
+    dense = {"params": 100.0}
+    assert volumes(points, ("error", "params"), dense, {}) == pytest.approx([0.4, 0.4, 0.55, 0.55])
+    assert volumes(points, ("error", "params"), dense, {"params": 40.0}) == pytest.approx([0, 0, 0.45, 0.45])
     assert 0 < front.hypervolume() == front.to_dict()["volumes"][-1] < 1
 
 
@@ -100,6 +107,8 @@ def test_limits_hold_on_the_front() -> None:
     assert found.limits == {"params": pytest.approx(limit)}
     assert all(point.costs["params"] <= limit for point in found.pareto())
     assert any(point.costs["params"] > limit for point in found.points)
+    assert found.best("macs<=99%").costs["params"] <= limit  # the front's limits hold for what is picked, too
+    assert search(budget="params<=1G", method=Nas(**NAS | {"evaluations": 4})).limits == {"params": 1e9}
 
 
 def test_rows_that_were_searched_by_do_not_judge() -> None:
@@ -172,6 +181,32 @@ def test_a_page_shows_fronts_and_results_together(front: Front) -> None:
         render([damaged])
 
 
+def test_another_clock_does_not_mix_candidates_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed on a machine that is slower by now: the same points with the same errors as without the stop."""
+    given: dict[str, Any] = {"method": Nas(**NAS | {"space": "medium"}), "objectives": "error,latency"}
+    given |= {"budget": "latency<=80%", "out": tmp_path / "front"}
+    usual, calls = secateur.cluster.evaluate_batches, []  # type: ignore[attr-defined]
+
+    def counted(*rows: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return usual(*rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("secateur.cluster.evaluate_batches", counted)
+        search(**given)
+    monkeypatch.setattr(
+        "secateur.costs.latency.time_model", lambda *given, **options: Timing(99.0, 99.0, 10, 1, "float32", 1, 10)
+    )
+    resumed = search(**given, resume=True)
+    judge = secateur.cluster.Judge  # type: ignore[attr-defined]
+    held = secateur.methods.nas.held_out(tiny_task(), 0.2, 2048, 0)  # type: ignore[attr-defined]
+    here = judge(resumed.model, held, secateur.methods.nas.batches(held, "validation", tiny_tokenizer()))  # type: ignore[attr-defined]
+    assert [point.error for point in resumed.points] == pytest.approx([here.error(p.sub) for p in resumed.points])
+    assert max(point.costs["latency"] for point in resumed.points) < 50  # as it was timed at first
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -201,8 +236,20 @@ def test_bad_picks(front: Front, tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(SecateurError, match="holds something else"):
         front.extract(front.knee(), tmp_path / "full")
+    tiny_model("bert").save_pretrained(tmp_path / "mine")
+    with pytest.raises(SecateurError, match="holds something else"):
+        front.extract(front.knee(), tmp_path / "mine")
+    front.extract(front.knee(), tmp_path / "small")
+    front.extract(front.pareto()[0], tmp_path / "small")  # an earlier point may be replaced
+    assert json.loads((tmp_path / "small" / "point.json").read_text())["number"] == front.pareto()[0].number
     with pytest.raises(SecateurError, match="is no front"):
         Front.load(tmp_path)
+    front.save(tmp_path / "front")
+    record = json.loads((tmp_path / "front" / "front.json").read_text())
+    for key in ("seconds", "dense", "command"):
+        (tmp_path / "front" / "front.json").write_text(json.dumps({k: v for k, v in record.items() if k != key}))
+        with pytest.raises(SecateurError, match="is damaged"):
+            Front.load(tmp_path / "front")
     refused = CliRunner().invoke(app, ["extract", str(tmp_path), "--knee", "--point", "1"])
     assert isinstance(refused.exception, SecateurError)
     assert "one of --point NUMBER, --best BUDGET and --knee" in str(refused.exception)

@@ -171,9 +171,10 @@ def first_alpha(x: Tensor, levels: Levels, how: Estimate) -> Tensor:
         levels: what they will be rounded to.
         how: "mean" takes the released code's 2 mean|x| / √(highest level) for signed and 4 mean|x| / √(highest level)
             for unsigned levels. "analytic", of one bit, takes the paper's mean|x|, or for {0, 1} the mean of what is at
-            least ½ ("mean" if nothing is, and of more bits). "search" takes the α with the least Σ|x - α · levels| of
-            96 between a thousandth and all of max|x|. (By least squares one channel of outliers, such as a LayerNorm
-            gives, decides: with 2 bits all others then round to 0.)
+            least ½ ("mean" if nothing is, and of more bits). "search" takes, of 96 between a thousandth and all of
+            max|x|, the α with the least Σ|x - α · levels| for signed levels, and Σ(x - α · levels)² for unsigned ones.
+            (By squares one channel of outliers, such as a LayerNorm gives, decides: with 2 bits all others then round
+            to 0. Of probabilities the large ones shall decide.)
 
     Returns:
         A positive scalar, in float32.
@@ -186,6 +187,7 @@ def first_alpha(x: Tensor, levels: Levels, how: Estimate) -> Tensor:
         mean = size.mean() if levels.signed else (high.mean() if len(high) else mean)
     if how == "search":
         tried = size.max() / levels.highest * torch.logspace(-3, 0, 96, device=values.device)
-        errors = torch.stack([(values - a * _rounded(values, a, None, levels)).abs().sum() for a in tried])
+        power = 1 if levels.signed else 2
+        errors = torch.stack([(values - a * _rounded(values, a, None, levels)).abs().pow(power).sum() for a in tried])
         mean = tried[errors.argmin()]
     return mean.clamp_min(LEAST_ALPHA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -81,7 +82,8 @@ def search(
     record = front.to_dict()
     show(record, as_json, lambda: print_report([record]))
     typer.echo(
-        f"wrote {out}: front.json, report.html, supernet/; cut a point out: secateur extract {out} --knee", err=True
+        f"wrote {out}: front.json, report.html, supernet/; cut a point out: secateur extract {quote(str(out))} --knee",
+        err=True,
     )
 
 

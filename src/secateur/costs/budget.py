@@ -180,7 +180,7 @@ class Constraint:
 
 
 def constraints(
-    budget: Budget, model: nn.Module, batch: int = 1, tokens: int = 128, *, units: bool = True
+    budget: Budget, model: nn.Module, batch: int = 1, tokens: int = 128, *, units: bool = True, loose: bool = False
 ) -> list[Constraint]:
     """Resolve a budget on a model; shares are shares of the model as given.
 
@@ -190,6 +190,7 @@ def constraints(
         batch: examples per pass, for macs and latency.
         tokens: tokens per example, for macs and latency.
         units: whether heads and neurons are what will be cut, which bounds what is feasible.
+        loose: whether the model as given may meet all limits.
 
     Raises:
         InvalidBudget: a limit is below what this model can be cut to (the message states the nearest feasible one), or
@@ -203,7 +204,7 @@ def constraints(
         if units:
             check_feasible(constraint, full)
         resolved.append(constraint)
-    if all(constraint.met_by(full) for constraint in resolved):
+    if not loose and all(constraint.met_by(full) for constraint in resolved):
         # no share is met by the full model, so every term here is absolute
         has = ", ".join(f"{t.kind} {t.show(c.cost.of(full), 1.0)}" for t, c in zip(budget.terms, resolved, strict=True))
         raise InvalidBudget(f"The model as given meets {budget.describe()} ({has}): nothing to cut, ask for less.")

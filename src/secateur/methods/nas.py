@@ -237,11 +237,14 @@ class Nas:
     def _judging(self, judge: Judge, job: Job) -> Iterator[Callable[[Mapping[int, SubNetwork]], dict[int, float]]]:
         """A function from numbered sub-networks to their errors, each of which is kept as soon as it is known."""
 
-        def kept(number: int, compute: Callable[[], float]) -> float:
-            return float(job.run.record(f"candidate {number}", compute, part_of="search"))
+        def stage(sub: SubNetwork) -> str:
+            return f"candidate {sub.digest}"
+
+        def kept(sub: SubNetwork, compute: Callable[[], float]) -> float:
+            return float(job.run.record(stage(sub), compute, part_of="search"))
 
         def here(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
-            return {number: kept(number, partial(judge.error, sub)) for number, sub in subs.items()}
+            return {number: kept(sub, partial(judge.error, sub)) for number, sub in subs.items()}
 
         if self.workers == 1:
             yield here
@@ -250,8 +253,8 @@ class Nas:
 
         def there(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
             begin = time.perf_counter()
-            unknown = {number: sub for number, sub in subs.items() if not job.run.has(f"candidate {number}")}
-            found = {number: kept(number, lambda e=error: e) for number, error in workers.errors(unknown)}  # type: ignore[misc]
+            unknown = {number: sub for number, sub in subs.items() if not job.run.has(stage(sub))}
+            found = {n: kept(subs[n], lambda e=error: e) for n, error in workers.errors(unknown)}  # type: ignore[misc]
             found |= here({number: sub for number, sub in subs.items() if number not in unknown})
             job.run.seconds["search"] = job.run.seconds.get("search", 0.0) + round(time.perf_counter() - begin, 3)
             return found
@@ -266,4 +269,11 @@ class Nas:
         found = {
             kind: given.get(kind) or cost_of(kind, job.model, job.batch, job.tokens) for kind in kinds if kind != ERROR
         }
-        return {k: bypassed(k, c, job.model) if isinstance(c, LinearCost) else c for k, c in found.items()}
+        return {kind: self._settled(kind, cost, job) for kind, cost in found.items()}
+
+    def _settled(self, kind: str, cost: Cost, job: Job) -> Cost:
+        """A cost of what is cut out, and the same in a resumed run, whose clock would give other milliseconds."""
+        if isinstance(cost, LinearCost):
+            return bypassed(kind, cost, job.model)
+        full = job.run.record("latency of the model", lambda: cost.full.median)
+        return cost.scaled(replace(cost.full, median=full))

@@ -55,7 +55,10 @@ class Space:
         if type(self.multiple) is not int or self.multiple < 1:
             raise SecateurError(f"Neurons are kept in multiples of 1 or more, not of {self.multiple!r}.")
         if not self.heads or len(self.heads) != len(self.neurons) or min(*self.heads, *self.neurons) < 1:
-            raise SecateurError("A space needs layers, each with heads and neurons: there is nothing to search.")
+            raise SecateurError(
+                "A space needs layers, each with heads and neurons; a model that has lost whole blocks is not searched "
+                "again: search the one that it was cut from."
+            )
 
     @classmethod
     def of(cls, kind: Kind, found: Sites, multiple: int = 1) -> Space:

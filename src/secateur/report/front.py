@@ -81,7 +81,9 @@ def _checked(index: int, record: Record) -> FrontView:
     if missing:
         raise SecateurError(f"This is no front.json of secateur: it lacks {', '.join(missing)}.")
     try:
-        return _view(index, record)
+        view = _view(index, record)
+        front_figures(view), details(view), as_results(view)  # what is damaged shows here
+        return view
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise SecateurError(
             f"The front.json of '{record['name']}' is damaged ({type(error).__name__}: {error})."
@@ -93,6 +95,7 @@ def _view(index: int, record: Record) -> FrontView:
     front = tuple(points[number] for number in record["front"])
     task, metric = record["task"], str(record["task"]["metric"])
     limits = f"Limits: {record['budget']}. " if record.get("budget") else ""
+    seen = ", rows that the search chose by, which flatters it" if task.get("searched") else ""
     seconds = record.get("seconds") or {}
     model = short_name(record["model"])
     shown = {**record, "budget": {"text": record.get("budget") or ""}}
@@ -106,8 +109,8 @@ def _view(index: int, record: Record) -> FrontView:
         metric=metric,
         headline=f"{model}: {len(front)} sub-networks to choose from",
         summary=f"{len(points)} sub-networks evaluated, {len(front)} of them on the front. {limits}Judged on "
-        f"{task['name']} ({task['split']}, {task['examples']:,} examples); intervals of 95 % by paired bootstrap over "
-        "examples, against the model as given.",
+        f"{task['name']} ({task['split']}, {task['examples']:,} examples{seen}); 95 % intervals by paired bootstrap "
+        "over examples, against the model as given.",
         objectives=tuple(record["objectives"]),
         lines=tuple(_line(record, point, metric) for point in front),
         timed=any("speed" in found for found in record["judged"].values()),
@@ -288,6 +291,8 @@ def _trade(view: FrontView, kind: str) -> Figure:
     )
     title = f"{metric_name(metric)} against {numbers.quantity_name(kind).lower() if kind != 'macs' else 'MACs'}"
     caption = "Dots: rows that the search judged by; diamonds: rows it did not choose by. Click a point of the front."
+    if record["task"].get("searched"):
+        caption = "Dots and diamonds: the rows that the search chose by, which flatters it. Click a point of the front."
     return Figure(f"{view.id}-{kind}", title, caption, [evaluated, chosen, again, dense], shape, 380)
 
 
