@@ -13,6 +13,7 @@ from typing import Any
 
 import late_quality
 import late_scores
+import nas_quality
 import optin_quality
 from common import HERE, seeds_table
 
@@ -129,6 +130,12 @@ def bit_start() -> str:
     return "\n".join(lines)
 
 
+def nas_tables() -> str:
+    """Fronts by setting, and rivals at as many parameters."""
+    records = [record for task in ("stsb", "sst2") if (record := results(f"nas_quality_{task}"))]
+    return "\n\n".join(part for record in records for part in nas_quality.both_tables(record))
+
+
 def mgpp_latency() -> str:
     """Milliseconds with sparse kernels over those of dense products."""
     rows = (results("sparse_latency") or {"rows": []})["rows"]
@@ -155,6 +162,7 @@ BLOCKS = {
         "decoder": late_decoder,
     },
     "methods/mgpp.md": {"quality": partial(trained, "mgpp", "sparsity", "{:g} %"), "latency": mgpp_latency},
+    "methods/nas.md": {"quality": nas_tables},
     "methods/bit.md": {"quality": partial(trained, "bit", "bits", "A{:g}"), "start": bit_start},
 }
 

@@ -138,7 +138,14 @@ def rivals(arguments: argparse.Namespace, common: dict[str, Any], path: Path) ->
             job = Job(
                 model, sweep.tokenizer, replace(sweep.data, validation=None), [], Run(None, {}), 1, sweep.tokens, seed
             )
-            rest = {"batch_size": 32, "max_length": 128, "warmup": 0.0, "weight_decay": 0.01, "seed": seed}
+            rest = {
+                "batch_size": 32,
+                "max_length": 128,
+                "warmup": 0.0,
+                "weight_decay": 0.01,
+                "seed": seed,
+                "bf16": False,
+            }
             job.trained(model, Settings(**{**common, **rest}), [])
         row: dict[str, Any] = {**key, "seconds": round(time.perf_counter() - start, 1)}
         row["encoder_params"] = round(encoder_params(model).of(SubNetwork.full(model)) / dense, 5)
@@ -189,6 +196,11 @@ def tables(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def both_tables(record: dict[str, Any]) -> list[str]:
+    """The table of fronts, and that of rivals if there are some."""
+    return [tables(record), *([rivals_table(record)] if record.get("rivals") else [])]
+
+
 def rivals_table(record: dict[str, Any]) -> str:
     """The test metric of each rival at each share of encoder parameters."""
     rows = record.get("rivals", [])
@@ -229,9 +241,7 @@ def main() -> None:
     path = HERE / "results" / f"nas_quality_{arguments.task}.json"
     if not arguments.table:
         (rivals if arguments.rivals else measure)(arguments, pairs(arguments.set), path)
-    record = json.loads(path.read_text())
-    print(tables(record), end="\n\n")
-    print(rivals_table(record))
+    print("\n\n".join(both_tables(json.loads(path.read_text()))))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from secateur import hub
 from secateur.costs.analytic import encoder_params, file_bytes, macs, params
 from secateur.costs.budget import Budget, Constraint, constraints
 from secateur.costs.latency import Timing, time_interleaved
+from secateur.costs.memory import PeakMemory
 from secateur.families import sites
 from secateur.given import TaskLike, length_of, opened, setting_of
 from secateur.methods import method_of
@@ -165,11 +166,14 @@ def plan(
     }
 
 
-def _if_alike(limits: Sequence[Constraint], full: SubNetwork, multiple: int) -> SubNetwork:
-    """What a budget leaves if every unit of a kind matters alike."""
+def _if_alike(limits: Sequence[Constraint], full: SubNetwork, multiple: int) -> SubNetwork | None:
+    """What a budget leaves if every unit of a kind matters alike; None if it limits no sum over blocks."""
+    each = [limit for limit in limits if not isinstance(limit.cost, PeakMemory)]
+    if not each:
+        return None
     heads, neurons = full.masks()
     share = sum(map(len, heads)) / max(sum(map(len, neurons)), 1)
-    return allocate(UnitScores(heads, [share * mask for mask in neurons]), limits, multiple=multiple)
+    return allocate(UnitScores(heads, [share * mask for mask in neurons]), each, multiple=multiple)
 
 
 def _predicted(

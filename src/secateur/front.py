@@ -14,7 +14,7 @@ from secateur import hub
 from secateur.costs.budget import Budget
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.optimize.pareto import hypervolume, knee
-from secateur.optimize.points import ERROR, Point, best_of, front_of
+from secateur.optimize.points import DEAR, ERROR, Point, best_of, front_of
 from secateur.prune import cut_out
 from secateur.report import write_report
 from secateur.report.card import front_card
@@ -88,7 +88,7 @@ class Front:
         counted = self.dense["costs"]
         for term in asked.terms:
             if term.counts not in counted:
-                hint = ": search with the objectives error,latency" if term.kind == "latency" else ""
+                hint = f": search with the objectives error,{term.kind}" if term.kind in DEAR else ""
                 raise InvalidBudget(f"The front counts {', '.join(counted)}, not '{term.kind}'{hint}.")
         limits = {term.counts: term.limit(counted[term.counts]) for term in asked.terms}
         for kind, limit in self.limits.items():

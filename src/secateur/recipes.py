@@ -24,7 +24,7 @@ from secateur.errors import SecateurError
 from secateur.front import Front, read_record
 from secateur.given import judged_by, length_of, opened, setting_of
 from secateur.methods import method_of
-from secateur.optimize.points import ERROR, OBJECTIVES, Point, check_objectives
+from secateur.optimize.points import DEAR, ERROR, OBJECTIVES, Point, check_objectives
 from secateur.report import write_report
 from secateur.report.card import card
 from secateur.results import Result, measured, versions, weights_digest
@@ -349,7 +349,7 @@ def _stage(number: int, content: object) -> Stage:
         objectives = _objectives(stage.get("objectives", "error,params"))
         pick = str(stage.get("pick", "knee"))
         if pick != "knee" and not pick.isdecimal():
-            counted = {name for name in OBJECTIVES if name not in (ERROR, "latency") or name in objectives}
+            counted = {name for name in OBJECTIVES if name not in {ERROR, *DEAR} or name in objectives}
             Budget.parse(pick).check_kinds(counted | (asked.kinds if asked else set()) | {"speedup"}, "pick")
     except SecateurError as error:
         raise SecateurError(f"{where}: {error}") from None

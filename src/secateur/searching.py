@@ -50,8 +50,8 @@ def search(
         model: a folder, a hub id, or a live model (left unchanged). Opened in float32.
         method: "nas", or `Nas` with its hyper-parameters.
         task: see `load_task`: data to train and search by, and rows to judge the front by.
-        objectives: "error" and one or more of "macs", "params", "encoder_params", "size", "latency"; in one text with
-            commas, or a list.
+        objectives: "error" and one or more of "macs", "params", "encoder_params", "size", "latency", "memory"; in
+            one text with commas, or a list.
         budget: limits that the front keeps, such as "latency<=10ms"; None for none.
         out: folder to write super-network, `front.json` and `report.html` to; None writes nothing.
         tokenizer: the model's tokenizer; read from the model's folder if None.

@@ -37,7 +37,8 @@ def search(
     objectives: Annotated[
         str,
         typer.Option(
-            "--objectives", help="error and one or more of macs, params, encoder_params, size, latency, with commas."
+            "--objectives",
+            help="error and one or more of macs, params, encoder_params, size, latency, memory, with commas.",
         ),
     ] = "error,params",
     budget: Annotated[

@@ -11,10 +11,11 @@ from torch import nn
 
 from secateur.costs.analytic import LinearCost, bits, encoder_params, file_bytes, macs, map_params, params
 from secateur.costs.latency import LatencyTable, latency_table
+from secateur.costs.memory import PeakMemory, peak_memory
 from secateur.errors import InvalidBudget
 from secateur.subnetwork import SubNetwork
 
-Cost = LinearCost | LatencyTable
+Cost = LinearCost | LatencyTable | PeakMemory
 
 _COUNT = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -26,6 +27,7 @@ UNITS: dict[str, dict[str, float]] = {
     "encoder_params": _COUNT,
     "size": _BYTES,
     "latency": _TIME,
+    "memory": _BYTES,
     "speedup": {"": 1.0, "x": 1.0},
     "sparsity": {"": 1.0},
     "bits": {"": 1.0},
@@ -38,6 +40,7 @@ EXAMPLES = {
     "encoder_params": "encoder_params<=7M",
     "size": "size<=20MB",
     "latency": "latency<=12ms",
+    "memory": "memory<=60MB",
     "speedup": "speedup>=3",
     "sparsity": "sparsity>=90%",
     "bits": "bits<=1",
@@ -113,7 +116,7 @@ class Budget:
 
         Args:
             text: limits joined with commas, each `kind<=amount`. Kinds: macs, params, encoder_params (amounts such as
-                15M or 2.5G), size (20MB, 20MiB), latency (12ms); or a share of the model as given (60%). And
+                15M or 2.5G), size and memory (20MB, 20MiB), latency (12ms); or a share of the model as given (60%). And
                 `speedup>=3`: at most a third of the model's MACs; `sparsity>=90%`: zeros among the weights of the
                 layers' linear maps; `bits<=1`: of the inputs of the layers' products.
 
@@ -164,12 +167,24 @@ class Constraint:
     cost: Cost
     term: Term | None = None
 
+    @property
+    def summed(self) -> LinearCost | LatencyTable:
+        """The cost, where it is a sum over blocks.
+
+        Raises:
+            InvalidBudget: it is none.
+        """
+        if isinstance(self.cost, PeakMemory):
+            raise InvalidBudget(f"'{self.kind}' is no sum over blocks: only a search (nas) can aim at it.")
+        return self.cost
+
     def met_by(self, sub: SubNetwork) -> bool:
         return self.cost.of(sub) <= self.limit
 
     def infeasible(self, smallest: float, full: float) -> InvalidBudget:
         """The error that says how far this model can be cut: `smallest` is its cost with one head and no neurons."""
-        term = self.term or Term(self.kind, self.limit, {"latency": "ms", "size": "B"}.get(self.kind, ""))
+        unit = {"latency": "ms", "size": "B", "memory": "B"}.get(self.kind, "")
+        term = self.term or Term(self.kind, self.limit, unit)
         if smallest >= full:
             cost = term.show(full, full)
             return InvalidBudget(f"{term} cannot be met: this model costs {cost} and has nothing left to cut.")
@@ -220,6 +235,9 @@ def check_feasible(constraint: Constraint, full: SubNetwork) -> None:
 
 def smallest_cost(cost: Cost, full: SubNetwork) -> float:
     """Cost with everything prunable removed but the cheapest single head."""
+    if isinstance(cost, PeakMemory):
+        heads, neurons = ([0 * mask for mask in masks] for masks in full.masks())
+        return cost.of(SubNetwork.from_masks(heads, neurons))
     one_head = [cost.block("heads", index, [1])[0] for index, mask in enumerate(full.heads) if mask]
     return cost.fixed + min(one_head, default=0.0)
 
@@ -230,6 +248,8 @@ def cost_of(kind: str, model: nn.Module, batch: int = 1, tokens: int = 128) -> C
         return macs(model, batch, tokens)
     if kind == "latency":
         return latency_table(model, batch, tokens)
+    if kind == "memory":
+        return peak_memory(model, batch, tokens)
     counters = {
         "params": params,
         "encoder_params": encoder_params,

@@ -18,9 +18,10 @@ from secateur.checks import check_fields, check_shares
 from secateur.cluster import Judge, Workers
 from secateur.costs.analytic import LinearCost, bypassed, encoder_params, file_bytes, params
 from secateur.costs.budget import Constraint, Cost, cost_of
+from secateur.costs.latency import LatencyTable
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
-from secateur.optimize.points import ERROR, OBJECTIVES, Point, best_of
+from secateur.optimize.points import DEAR, ERROR, OBJECTIVES, Point, best_of
 from secateur.optimize.samplers import Name, sampler
 from secateur.optimize.spaces import Kind, Space, Values
 from secateur.ordering import sort_units
@@ -99,7 +100,7 @@ class Nas:
     dropout: float | None = None
 
     name: ClassVar[str] = "nas"
-    budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS
+    budgets: ClassVar[frozenset[str]] = STRUCTURED_BUDGETS | {"memory"}
     usual_budget: ClassVar[str] = USUAL_BUDGET
     cuts_units: ClassVar[bool] = True
 
@@ -124,8 +125,9 @@ class Nas:
         edits = cut_out(found.model, best.sub)
         full = SubNetwork.full(found.model)
         counted = {"encoder_params": encoder_params(found.model).of(full), "bytes": file_bytes(found.model).of(full)}
-        latency = {"latency_ms": best.costs["latency"]} if "latency" in best.costs else {}
-        return Outcome(found.model, edits, best.sub, found.scores, job.costs(found.model) | counted | latency)
+        names = {"latency": "latency_ms", "memory": "memory"}
+        dear = {name: best.costs[kind] for kind, name in names.items() if kind in best.costs}
+        return Outcome(found.model, edits, best.sub, found.scores, job.costs(found.model) | counted | dear)
 
     def search(self, job: Job, objectives: Sequence[str]) -> Searched:
         """Sort, train the super-network, and evaluate candidates that lessen some objectives within the job's limits.
@@ -263,9 +265,9 @@ class Nas:
             yield there
 
     def _costs(self, job: Job, objectives: Sequence[str]) -> dict[str, Cost]:
-        """What every point is counted by: all that is cheap to count, and milliseconds if they were asked for."""
+        """What every point is counted by: all that is cheap to count, and the rest if it was asked for."""
         given = {limit.kind: limit.cost for limit in job.constraints}
-        kinds = [kind for kind in OBJECTIVES if kind not in (ERROR, "latency") or kind in (*objectives, *given)]
+        kinds = [kind for kind in OBJECTIVES if kind not in DEAR or kind in (*objectives, *given)]
         found = {
             kind: given.get(kind) or cost_of(kind, job.model, job.batch, job.tokens) for kind in kinds if kind != ERROR
         }
@@ -275,5 +277,7 @@ class Nas:
         """A cost of what is cut out, and the same in a resumed run, whose clock would give other milliseconds."""
         if isinstance(cost, LinearCost):
             return bypassed(kind, cost, job.model)
+        if not isinstance(cost, LatencyTable):
+            return cost
         full = job.run.record("latency of the model", lambda: cost.full.median)
         return cost.scaled(replace(cost.full, median=full))

@@ -81,7 +81,7 @@ def allocate(
     for constraint in constraints:
         check_feasible(constraint, full)
     blocks = _blocks(scores, constraints, multiple, head_rate)
-    spare = np.array([c.limit - c.cost.fixed for c in constraints])
+    spare = np.array([c.limit - c.summed.fixed for c in constraints])
     tables = [i for i, c in enumerate(constraints) if not isinstance(c.cost, LinearCost)]
     spare[tables] -= 1e-9 * np.abs(spare[tables])  # milliseconds are no integers: keep clear of rounding in sums
     choice = _with_prices(blocks, spare, tables[0]) if tables else _enumerate_heads(blocks, spare)
@@ -108,7 +108,7 @@ def _check(scores: UnitScores, constraints: Sequence[Constraint], multiple: int,
             if not torch.isfinite(tensor).all():
                 raise SecateurError(f"Scores of {kind} in block {index} are not finite: check the model and the data.")
         for constraint in constraints:
-            if len(getattr(constraint.cost, kind)) != len(tensors):
+            if len(getattr(constraint.summed, kind)) != len(tensors):
                 raise SecateurError(
                     f"Scores are for {len(tensors)} blocks of {kind}, the {constraint.kind} cost for another model."
                 )
@@ -118,7 +118,7 @@ def _blocks(scores: UnitScores, constraints: Sequence[Constraint], multiple: int
     def options(kind: UnitKind, index: int, tensor: Tensor, widths: Integers, rate: float) -> Options:
         ranked = np.sort(tensor.detach().cpu().double().numpy())[::-1]
         values = rate * np.concatenate(([0.0], np.cumsum(ranked)))[widths]
-        costs = np.array([c.cost.block(kind, index, widths.tolist()) for c in constraints], dtype=np.float64)
+        costs = np.array([c.summed.block(kind, index, widths.tolist()) for c in constraints], dtype=np.float64)
         return Options(kind, index, widths, values, costs)
 
     heads = [options("heads", i, t, np.arange(len(t) + 1), head_rate) for i, t in enumerate(scores.heads)]

@@ -11,8 +11,10 @@ from secateur.optimize.pareto import nondominated
 from secateur.subnetwork import SubNetwork
 
 ERROR = "error"
-OBJECTIVES = (ERROR, "macs", "params", "encoder_params", "size", "latency")
+OBJECTIVES = (ERROR, "macs", "params", "encoder_params", "size", "latency", "memory")
 """What a search can lessen: 1 - metric, and what a budget can limit of a sub-network."""
+DEAR = frozenset({"latency", "memory"})
+"""Those that are counted only where they are asked for."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ _NAMES = {
     "bytes": "Size on disk",
     "size": "Size on disk",
     "latency": "Latency, median",
+    "memory": "Peak memory",
     "latency_ms": "Latency, median",
 }
 
@@ -39,7 +40,7 @@ def unit_of(kind: str, values: Iterable[float | None]) -> tuple[float, str]:
     if kind.startswith("latency"):
         return 1.0, "ms"
     largest = max((abs(value) for value in values if _finite(value)), default=0.0)  # type: ignore[arg-type]
-    units = _BYTE_UNITS if kind in ("bytes", "size") else _COUNT_UNITS
+    units = _BYTE_UNITS if kind in ("bytes", "size", "memory") else _COUNT_UNITS
     return next((unit for unit in units if largest >= unit[0]), units[-1])
 
 
