@@ -121,12 +121,15 @@ def trained(method: str, column: str, head: str) -> str:
 def bit_start() -> str:
     """How far 1-bit models are from their teacher after few steps."""
     rows = (results("bit_start") or {"rows": []})["rows"]
-    lines = ["| settings | optimiser | loss of the last steps | metric |", "|---" * 4 + "|"]
+    lines = ["| bits | settings | first scales by | optimiser | loss of the last steps | metric |", "|---" * 6 + "|"]
     for row in rows:
-        chosen = ", ".join(f"{key}={value}" for key, value in row["set"].items())
+        chosen = ", ".join(f"{key}={value}" for key, value in row["set"].items() if key != "calibration")
         metric = next(value for key, value in row.items() if key in ("spearman", "accuracy"))
         optimiser = "released" if row["released optimiser"] else "AdamW"
-        lines.append(f"| `{chosen}` | {optimiser} | {row['loss']:.2f} | {100 * metric:.1f} |")
+        scales = row.get("calibration by", "the mean")
+        lines.append(
+            f"| {row['bits']} | `{chosen}` | {scales} | {optimiser} | {row['loss']:.2f} | {100 * metric:.1f} |"
+        )
     return "\n".join(lines)
 
 

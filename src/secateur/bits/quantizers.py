@@ -17,6 +17,8 @@ from secateur.errors import SecateurError
 BITS = (1, 2, 4, 8)
 LEAST_ALPHA = 1e-5
 LEAST_SCALE = 1e-12
+MOST_ZEROS = 7 / 8
+"""Share of a sample that first scales of signed levels may round to 0."""
 Estimate = Literal["mean", "analytic", "search"]
 
 
@@ -172,9 +174,9 @@ def first_alpha(x: Tensor, levels: Levels, how: Estimate) -> Tensor:
         how: "mean" takes the released code's 2 mean|x| / √(highest level) for signed and 4 mean|x| / √(highest level)
             for unsigned levels. "analytic", of one bit, takes the paper's mean|x|, or for {0, 1} the mean of what is at
             least ½ ("mean" if nothing is, and of more bits). "search" takes, of 96 between a thousandth and all of
-            max|x|, the α with the least Σ|x - α · levels| for signed levels, and Σ(x - α · levels)² for unsigned ones.
-            (By squares one channel of outliers, such as a LayerNorm gives, decides: with 2 bits all others then round
-            to 0. Of probabilities the large ones shall decide.)
+            max|x|, the α with the least ‖x - α · levels‖², but for signed levels none by which more than `MOST_ZEROS`
+            of the values round to 0: with 2 bits one channel of outliers, such as a LayerNorm gives, would leave
+            nothing else.
 
     Returns:
         A positive scalar, in float32.
@@ -187,7 +189,10 @@ def first_alpha(x: Tensor, levels: Levels, how: Estimate) -> Tensor:
         mean = size.mean() if levels.signed else (high.mean() if len(high) else mean)
     if how == "search":
         tried = size.max() / levels.highest * torch.logspace(-3, 0, 96, device=values.device)
-        power = 1 if levels.signed else 2
-        errors = torch.stack([(values - a * _rounded(values, a, None, levels)).abs().pow(power).sum() for a in tried])
+        rounded = [_rounded(values, a, None, levels) for a in tried]
+        errors = torch.stack([(values - a * found).square().sum() for a, found in zip(tried, rounded, strict=True)])
+        if levels.signed:
+            zeros = torch.stack([found.eq(0).float().mean() for found in rounded])
+            errors[(zeros > MOST_ZEROS) & (zeros > zeros.min())] = torch.inf
         mean = tried[errors.argmin()]
     return mean.clamp_min(LEAST_ALPHA)
