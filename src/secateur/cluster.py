@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -19,6 +20,11 @@ from secateur.tasks.batching import Batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+RETRIES = 3
+"""How often a sub-network whose worker died is tried again."""
+WAIT = 120
+"""Seconds that workers may take to start."""
 
 
 class Judge:
@@ -54,7 +60,7 @@ class Workers:
         count: how many there are; each takes one processor, and a GPU where the super-network is on one.
 
     Raises:
-        SecateurError: Ray is not installed, or the cluster has not as many processors.
+        SecateurError: Ray is not installed, or the cluster has not as many processors free.
     """
 
     def __init__(self, judge: Judge, count: int) -> None:
@@ -67,26 +73,47 @@ class Workers:
         self.started = not ray.is_initialized()
         if self.started:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
-        there = int(ray.cluster_resources().get("CPU", 0))
-        if there < count:
-            self.close()
-            raise SecateurError(f"{count} workers need as many processors, and the cluster has {there}: ask for fewer.")
-        model, gpus = judge.model, int(judge.model.device.type == "cuda")
+        gpus = int(judge.model.device.type == "cuda")
+        has = ray.cluster_resources()
+        for kind, each, what in (("CPU", 1, "processors"), ("GPU", gpus, "GPUs")):
+            if has.get(kind, 0) < count * each:
+                self.close()
+                raise SecateurError(
+                    f"{count} workers need as many {what}, and the cluster has {int(has.get(kind, 0))}: ask for fewer."
+                )
         self.given = ray.put(  # held, since a worker that is started anew reads it again
-            (model, replace(judge.task, train=None, validation=None, test=None), judge.rows)
+            (judge.model, replace(judge.task, train=None, validation=None, test=None), judge.rows)
         )
-        options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": -1}
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": RETRIES}
         threads = max(1, torch.get_num_threads() // count)
         remote = ray.remote(**options)(_Remote)
         self.actors = [remote.remote(self.given, threads) for _ in range(count)]
+        ready, _ = ray.wait([actor.process.remote() for actor in self.actors], num_returns=count, timeout=WAIT)
+        if len(ready) < count:
+            self.close()
+            raise SecateurError(
+                f"Only {len(ready)} of {count} workers found a free processor within {WAIT} s: ask for fewer, or wait "
+                "until others are done."
+            )
 
-    def errors(self, subs: Mapping[int, SubNetwork]) -> Iterator[tuple[int, float]]:
-        """The number of each sub-network and its error, in the order in which they are done."""
-        pool = self.ray.util.ActorPool(self.actors)
+    def errors(self, subs: Mapping[int, SubNetwork]) -> Iterator[tuple[int, float, float]]:
+        """The number of each sub-network, its error and the seconds it took, in the order in which they are done.
+
+        Raises:
+            SecateurError: a sub-network could not be judged.
+        """
+        pool, lost = self.ray.util.ActorPool(self.actors), self.ray.exceptions
         for number, sub in subs.items():
             pool.submit(lambda actor, given: actor.judged.remote(*given), (number, sub.to_dict()))
         while pool.has_next():
-            yield pool.get_next_unordered()
+            try:
+                yield pool.get_next_unordered()
+            except lost.RayTaskError as error:
+                raise error.cause from None
+            except lost.RayActorError:
+                raise SecateurError(
+                    f"Workers died {RETRIES + 1} times on one sub-network, perhaps for want of memory: ask for fewer."
+                ) from None
 
     def processes(self) -> list[int]:
         """The process of each worker."""
@@ -106,8 +133,10 @@ class _Remote:
     def __init__(self, given: tuple[PreTrainedModel, Task, Batches], threads: int) -> None:
         self.judge = Judge(*given, threads)
 
-    def judged(self, number: int, sub: dict[str, Any]) -> tuple[int, float]:
-        return number, self.judge.error(SubNetwork.from_dict(sub))
+    def judged(self, number: int, sub: dict[str, Any]) -> tuple[int, float, float]:
+        start = time.perf_counter()
+        error = self.judge.error(SubNetwork.from_dict(sub))
+        return number, error, time.perf_counter() - start
 
     def process(self) -> int:
         return os.getpid()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.families import Site, Sites, axis, sites
+from secateur.families import Site, Sites, axis, output_weight, sites
 from secateur.subnetwork import SubNetwork
 
 
@@ -44,15 +44,17 @@ def gates(
 
 
 @contextmanager
-def only(model: nn.Module | Sites, sub: SubNetwork) -> Iterator[None]:
+def only(model: nn.Module | Sites, sub: SubNetwork, *, views: bool = True) -> Iterator[None]:
     """Within the context the model is a sub-network of itself: as if it were sliced, empty blocks bypassed.
 
     Layers that lose both their blocks are not computed at all, where the family allows it. A block that keeps its first
-    units computes with views of its weights, so that what is left out costs nothing; other masks are gates.
+    units computes with views of its weights, so that what is left out costs nothing; other masks are gates. Do not save
+    or copy the model within the context: its parameters are not all in their places.
 
     Args:
         model: the model, or its resolved `Sites`.
         sub: what stays.
+        views: False takes gates for all masks, as copies of the model on other devices need it.
 
     Raises:
         SecateurError: the sub-network does not fit the model.
@@ -65,7 +67,7 @@ def only(model: nn.Module | Sites, sub: SubNetwork) -> Iterator[None]:
         for site, mask in zip(found, (*sub.heads, *sub.neurons), strict=True):
             count = sum(mask)
             gated = 0 < count < len(mask)
-            if gated and all(mask[:count]) and _can_narrow(found, site):
+            if views and gated and all(mask[:count]) and _can_narrow(found, site):
                 stack.enter_context(_narrowed(site, count))
                 gated = False
             masks.append(torch.tensor(mask, dtype=torch.float32) if gated else None)
@@ -88,12 +90,15 @@ def _can_narrow(found: Sites, site: Site) -> bool:
 @contextmanager
 def _narrowed(site: Site, count: int) -> Iterator[None]:
     """A block of its first units, by views of its weights through which gradients reach them."""
-    units, width = site.units, site.width
+    width = site.width
+    there = output_weight(site).shape[1] // width
+    count = min(count, there)
     with ExitStack() as stack:
         for module, cut in site.cuts:
             for name, dimension in (("weight", axis(module, cut.side)), *([("bias", 0)] if cut.side == "out" else [])):
-                if (whole := module._parameters[name]) is not None:
-                    part = whole.narrow(dimension, 0, whole.shape[dimension] // units * count)
+                if (whole := getattr(module, name)) is not None:  # which may be a view already
+                    each = whole.shape[dimension] // there
+                    part = whole.narrow(dimension, 0, count * each)
                     stack.enter_context(_instead(module, name, part))
         for attributes, value in ((site.block.counts, count), (site.block.widths, count * width)):
             for attribute in attributes:
@@ -105,13 +110,16 @@ def _narrowed(site: Site, count: int) -> Iterator[None]:
 @contextmanager
 def _instead(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """A tensor in the place of a parameter, which keeps its place in the order of parameters."""
-    usual = module._parameters[name]
+    usual, view = module._parameters[name], module.__dict__.get(name)
     module._parameters[name] = None
     module.__dict__[name] = value
     try:
         yield
     finally:
-        del module.__dict__[name]
+        if view is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = view
         module._parameters[name] = usual
 
 
@@ -158,7 +166,8 @@ def _pair(blocks: Sequence[Site], masks: Sequence[Tensor | None] | None, what: s
 def _gate(mask: Tensor, width: int):  # type: ignore[no-untyped-def]
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]  # (batch, ..., units × width)
-        values = mask.to(device=x.device, dtype=x.dtype).repeat_interleave(width, dim=-1)
+        there = mask[..., : x.shape[-1] // width]  # a block of its first units has no more
+        values = there.to(device=x.device, dtype=x.dtype).repeat_interleave(width, dim=-1)
         if values.dim() == 2:
             values = values.view(values.shape[0], *(1,) * (x.dim() - 2), values.shape[1])
         return (x * values, *args[1:])

@@ -18,6 +18,7 @@ from secateur import hub
 from secateur.checks import check_fields, check_shares
 from secateur.compressing import compress
 from secateur.costs.budget import Budget
+from secateur.costs.inputs import check_length
 from secateur.costs.latency import time_interleaved
 from secateur.edits.tokens import at_rest
 from secateur.errors import SecateurError
@@ -27,7 +28,7 @@ from secateur.methods import method_of
 from secateur.optimize.points import DEAR, ERROR, OBJECTIVES, Point, check_objectives
 from secateur.report import write_report
 from secateur.report.card import card
-from secateur.results import Result, measured, versions, weights_digest
+from secateur.results import Result, measured, versions, vocabulary_digest, weights_digest
 from secateur.run import Method, Run, write_json
 from secateur.searching import search
 from secateur.starting import described
@@ -37,6 +38,8 @@ from secateur.tasks.heads import head_class
 from secateur.tasks.metrics import compute, paired_bootstrap
 from secateur.train import finetune
 
+OTHER = ("was started with another", "holds a run with other settings")
+"""What says that a killed stage was begun under other circumstances."""
 KINDS = ("method", "search", "finetune")
 
 
@@ -81,9 +84,10 @@ class Stage:
         """A file that the folder of the stage holds once it is done."""
         return "front.json" if self.objectives else "config.json" if isinstance(self.does, Finetune) else "result.json"
 
-    def key(self, before: str) -> str:
+    def key(self, before: str, made: Recipe) -> str:
         """What the folder of the stage depends on: its settings, and those of what came before."""
-        settings = [self.does.name, asdict(self.does), self.budget, self.objectives]  # type: ignore[arg-type]
+        settings: list[Any] = [self.does.name, asdict(self.does), self.budget, self.objectives]  # type: ignore[arg-type]
+        settings += [] if isinstance(self.does, Finetune) else [made.split, made.batch, made.tokens]
         return hashlib.sha256(json.dumps([before, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -139,6 +143,8 @@ class Recipe:
         if not isinstance(recipe["stages"], list) or not recipe["stages"]:
             raise SecateurError("A recipe has 'stages', a list of one or more.")
         stages = tuple(_stage(number, stage) for number, stage in enumerate(recipe["stages"], 1))
+        if all(isinstance(stage.does, Finetune) for stage in stages):
+            raise SecateurError("A recipe has a stage that cuts: to fine-tune alone, take `secateur finetune`.")
         names = [stage.does.name for stage in stages]
         if "bit" in names and (names.index("bit") < len(names) - 1 or "late" in names):
             raise SecateurError(
@@ -176,11 +182,16 @@ def run_recipe(
     data = load_task(made.task["data"], seed=made.seed, **{k: v for k, v in made.task.items() if k != "data"})
     learns = isinstance(made.stages[0].does, Finetune)  # then a head may be missing, and is drawn at random
     first = hub.open_model(made.model, head_class(data), trained=not learns)
+    words = hub.open_tokenizer(made.tokenizer or made.model)
+    judged_by(data, made.split)
+    if made.tokens is not None:
+        check_length(first, made.tokens)
     target = Path(out).resolve()
     identity = {
-        "model": made.model if learns else weights_digest(first),
+        "model": weights_digest(first.base_model if learns else first),
+        "tokenizer": vocabulary_digest(words),
         "task": [data_fingerprint(data), dict(made.task)],
-        "setting": [made.tokenizer, made.split, made.batch, made.tokens, made.seed],
+        "setting": made.seed,
         "versions": versions(),
     }
     run = Run(target.with_name(f"{target.name}.run"), identity, resume=resume)
@@ -188,7 +199,7 @@ def run_recipe(
     model = base = made.model
     key, spent, records = "", {}, []
     for number, stage in enumerate(made.stages, 1):
-        name, key = f"{number}-{stage.does.name}", stage.key(key)
+        name, key = f"{number}-{stage.does.name}", stage.key(key, made)
         model = str(work.done(stage, name, key, model))
         key += stage.pick
         spent[name] = work.seconds_of(name)
@@ -197,13 +208,17 @@ def run_recipe(
         if not isinstance(stage.does, Finetune):
             records.append({**read_record(work.folder / name), "folder": str(target / "stages" / name)})
     result = _compared(made, data, base, model, seconds, spent)
-    record = result.to_dict()
+    there, here = str(target / "stages"), str(work.folder)  # where stages will be, and are
+    record, *records = (_moved(each, here, there) for each in (result.to_dict(), *records))
 
     def write(fresh: Path) -> None:
         hub.write_model(fresh, result.model, result.tokenizer, card(record))
         write_json(fresh / "result.json", record)
         for name in spent:
             shutil.copytree(work.folder / name, fresh / "stages" / name)
+        for file in (fresh / "stages").rglob("*"):
+            if file.name in ("result.json", "front.json", "point.json", "README.md"):
+                file.write_text(file.read_text("utf-8").replace(here, there), "utf-8")
         for one in records:  # their pages name the folder that they are in now
             write_report([one], fresh / "stages" / Path(one["folder"]).name / "report.html")
         write_report([record, *records], fresh / "report.html")
@@ -233,8 +248,10 @@ class _Work:
             note.write_text(key)
         if not (place / stage.mark).is_file():
             start = time.perf_counter()
-            self._do(stage, place, model)
-            clock.write_text(f"{self.seconds_of(name) + time.perf_counter() - start:.3f}")
+            try:
+                self._do(stage, place, model)
+            finally:
+                clock.write_text(f"{self.seconds_of(name) + time.perf_counter() - start:.3f}")
         if not stage.objectives:
             return place
         front = Front.load(place)
@@ -253,6 +270,16 @@ class _Work:
         tokenizer = made.tokenizer if model == made.model else None
         run = place.with_name(f"{place.name}.run")
         resume = any((run / marker).is_file() for marker in ("run.json", "finetune.json"))
+        try:
+            self._go(stage, place, model, tokenizer, resume)
+        except SecateurError as error:
+            if not resume or not any(words in str(error) for words in OTHER):
+                raise
+            shutil.rmtree(run)  # other threads, say: this stage begins anew, finished ones stay
+            self._go(stage, place, model, tokenizer, False)
+
+    def _go(self, stage: Stage, place: Path, model: str, tokenizer: str | None, resume: bool) -> None:
+        made = self.made
         common: dict[str, Any] = {"seed": made.seed, "resume": resume, "progress": self.progress}
         if isinstance(stage.does, Finetune):
             finetune(model, tokenizer, self.data, place, **asdict(stage.does), **common)
@@ -260,9 +287,15 @@ class _Work:
         common |= {"task": self.data, "budget": stage.budget, "out": place, "tokenizer": tokenizer}
         common |= {"split": made.split, "batch": made.batch, "tokens": made.tokens}
         if stage.objectives:
-            search(model, stage.does, objectives=stage.objectives, **common)
+            search(model, stage.does, objectives=stage.objectives, seconds=min(self.seconds, 1.0), **common)
         else:
             compress(model, stage.does, seconds=self.seconds, **common)
+
+
+def _moved(record: dict[str, Any], here: str, there: str) -> dict[str, Any]:
+    """A record in which a folder has another place."""
+    old, new = (json.dumps(text)[1:-1] for text in (here, there))
+    return dict(json.loads(json.dumps(record).replace(old, new)))
 
 
 def _picked(front: Front, pick: str) -> Point:
@@ -281,7 +314,7 @@ def _compared(made: Recipe, data: Task, base: str, last: str, seconds: float, sp
     rows = judged_by(data, "test" if searched and made.split is None and "test" in data.splits() else made.split)
     length = length_of(data, first, words, made.tokens)
     before = evaluate(first, words, ours, rows)
-    after = _in_order_of(before, evaluate(model, words, data, rows), ours)
+    after = _in_order_of(before, evaluate(model, words, data, rows), ours, check_labels(data, model).label_names)
     timings = time_interleaved({"before": first, "after": model}, made.batch, length, seconds=seconds)
     method = {"name": "recipe", "stages": [str(stage) for stage in made.stages]}
     record = described(source, data, rows, method, made.seed, "run_recipe")
@@ -307,14 +340,12 @@ def _compared(made: Recipe, data: Task, base: str, last: str, seconds: float, sp
     )
 
 
-def _in_order_of(before: Evaluation, after: Evaluation, data: Task) -> Evaluation:
-    """An evaluation with its classes in the order of another one of the same rows."""
+def _in_order_of(before: Evaluation, after: Evaluation, data: Task, theirs: tuple[str, ...] | None) -> Evaluation:
+    """An evaluation, with its classes' names in their order, as one of the same rows in the order of a task."""
     if data.kind == "regression" or torch.equal(before.labels, after.labels):
         return after
-    place = dict(zip(before.labels.flatten().tolist(), after.labels.flatten().tolist(), strict=True))
-    left = [b for b in range(data.num_labels) if b not in place.values()]
-    order = [place[a] if a in place else left.pop(0) for a in range(data.num_labels)]
-    logits = after.logits[..., order]
+    ours, others = ([name.casefold() for name in names or ()] for names in (data.label_names, theirs))
+    logits = after.logits[..., [others.index(name) for name in ours]]
     return Evaluation(compute(data, logits, before.labels), logits, before.labels)
 
 

@@ -204,7 +204,7 @@ class Run:
                     f"The run at '{folder}' was started with another {', '.join(changed)}: run without --resume."
                 )
         else:
-            if folder.exists() and not marker.is_file() and any(folder.iterdir()):
+            if folder.exists() and not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
                 raise SecateurError(f"'{folder}' is in the way: the run keeps its stages there. Move it.")
             fresh = folder.with_name(f".{folder.name}.new")  # a folder without its marker could not be resumed
             shutil.rmtree(fresh, ignore_errors=True)
@@ -234,9 +234,18 @@ class Run:
         self._sum(stage, part_of)
         return value
 
-    def record(self, stage: str, compute: Callable[[], Any], *, part_of: str | None = None) -> Any:
-        """The stage's JSON value: computed once, then read back (`part_of` as for `tensors`)."""
-        value = self._stage(stage, ".json", compute, read_json, write_json)
+    def record(
+        self, stage: str, compute: Callable[[], Any], *, part_of: str | None = None, seconds: float | None = None
+    ) -> Any:
+        """The stage's JSON value: computed once, then read back.
+
+        Args:
+            stage: its name.
+            compute: gives the value.
+            part_of: as for `tensors`.
+            seconds: what it took, if it was computed elsewhere.
+        """
+        value = self._stage(stage, ".json", compute, read_json, write_json, seconds)
         self._sum(stage, part_of)
         return value
 
@@ -263,6 +272,7 @@ class Run:
         compute: Callable[[], Any],
         read: Callable[[Path], Any],
         write: Callable[[Path, Any], None],
+        spent: float | None = None,
     ) -> Any:
         file = self.folder / f"{stage}{suffix}" if self.folder else None
         clock = self.folder / f"{stage}.seconds" if self.folder else None
@@ -275,7 +285,7 @@ class Run:
                 pass  # damaged: compute it again
         start = time.perf_counter()
         value = compute()
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self.seconds[stage] = round(time.perf_counter() - start if spent is None else spent, 3)
         if file is not None and clock is not None:
             fresh = file.with_suffix(".tmp")
             write(fresh, value)

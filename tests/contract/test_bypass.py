@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,38 @@ def test_first_units_are_views_that_train_the_whole(family: str) -> None:
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-3, rtol=1e-3), name
     assert [site.units for site in sites(model)] == [site.units for site in found]
+
+
+def test_sub_networks_and_gates_nest() -> None:
+    """An inner sub-network narrows what the outer one left; gates around and inside multiply what is there."""
+    model, batch = tiny_model("bert"), tiny_batch("bert")
+    full = SubNetwork.full(model)
+
+    def neurons(count: int) -> SubNetwork:
+        return SubNetwork(full.heads, tuple(tuple(i < count for i in range(48)) for _ in range(3)))
+
+    def answer(*contexts: Any) -> torch.Tensor:
+        with ExitStack() as stack, torch.no_grad():
+            for context in contexts:
+                stack.enter_context(context())
+            return logits(model, batch)
+
+    found = sites(model)
+    few = answer(lambda: only(found, neurons(8)))
+    assert not torch.allclose(few, answer(lambda: only(found, neurons(24))))
+    for sizes in ((24, 8), (8, 24)):
+        assert torch.equal(answer(*(lambda n=n: only(found, neurons(n)) for n in sizes)), few)
+    with pytest.raises(SecateurError, match="which has 24"):  # resolved within, a block has what it has there
+        answer(lambda: only(model, neurons(24)), lambda: only(model, neurons(8)))
+    masks = [torch.linspace(0, 1, 48)] * 3
+
+    def gated() -> Any:
+        return gates(found, None, masks)
+
+    wanted = answer(gated, lambda: only(found, neurons(8), views=False))
+    assert torch.allclose(answer(gated, lambda: only(found, neurons(8))), wanted, atol=1e-6)
+    assert torch.allclose(answer(lambda: only(found, neurons(8)), gated), wanted, atol=1e-6)
+    assert all(parameter is not None for module in model.modules() for parameter in [getattr(module, "weight", 0)])
 
 
 def test_first_units_cost_what_they_are() -> None:

@@ -49,7 +49,8 @@ def test_a_killed_worker_costs_no_result(judge: Judge, workers: Workers) -> None
     first, second = before = workers.processes()
     assert len({first, second, os.getpid()}) == 3
     found: dict[int, float] = {}
-    for number, error in workers.errors(subs):
+    for number, error, seconds in workers.errors(subs):
+        assert seconds > 0
         if len(found) == 3:
             os.kill(first, signal.SIGKILL)
         found[number] = error

@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on(dense: Path, tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("secateur.recipes.finetune", stop)
         run_recipe(recipe, tmp_path / "out", seconds=0.02)
-    with pytest.raises(SecateurError, match="another setting"):
+    with pytest.raises(SecateurError, match="with another setting|with another data"):
         run_recipe({**recipe, "seed": 3}, tmp_path / "out", resume=True)
     monkeypatch.setattr("secateur.recipes.compress", stop)
     resumed = run_recipe(recipe, tmp_path / "out", resume=True, seconds=0.02)
@@ -114,6 +114,29 @@ def test_a_corrected_recipe_keeps_what_is_the_same(
     assert result.seconds["2-nas"] > 0.1  # of the first attempt
     page = (tmp_path / "out" / "stages" / "2-nas" / "report.html").read_text()
     assert f"secateur extract {tmp_path / 'out' / 'stages' / '2-nas'} --point" in page
+
+
+def test_what_was_done_stays_when_the_rest_is_corrected(dense: Path, tmp_path: Path) -> None:
+    """Rows to judge by are checked first; other rows, or another number of threads, leave fine-tuning done."""
+    ptf = {"method": "ptf", "budget": "params<=10%", "set": QUICK["ptf"]}  # out of reach
+    recipe = quick(EXAMPLES[0], dense) | {"stages": [{"finetune": {"epochs": 1}}, ptf]}
+    with pytest.raises(SecateurError, match="no 'tests' split"):
+        run_recipe({**recipe, "split": "tests"}, tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+    with pytest.raises(SecateurError, match="nearest feasible budget"):
+        run_recipe(recipe, tmp_path / "out")
+    tuned = (tmp_path / "out.run" / "1-finetune" / "model.safetensors").stat().st_mtime_ns
+    recipe["stages"][1] = {**ptf, "budget": "params<=90%"}
+    result = run_recipe({**recipe, "split": "test"}, tmp_path / "out", resume=True, seconds=0.02)
+    assert (tmp_path / "out" / "stages" / "1-finetune" / "model.safetensors").stat().st_size > 0
+    assert tuned
+    assert result.task["split"] == "test"
+    texts = [file.read_text() for file in (tmp_path / "out").rglob("*") if file.suffix in (".json", ".md", ".html")]
+    assert not any("out.run" in text for text in texts)  # which is gone
+    tiny_model("bert", num_hidden_layers=2).save_pretrained(dense)
+    (tmp_path / "out.run").mkdir()
+    with pytest.raises(SecateurError, match="holds the model itself"):
+        run_recipe({**recipe, "model": str(tmp_path / "out" / "stages" / "1-finetune")}, tmp_path / "out")
 
 
 def test_a_recipe_may_begin_with_a_model_without_a_head(dense: Path, tmp_path: Path) -> None:
@@ -184,6 +207,8 @@ def test_numbers_as_people_write_them() -> None:
         ({"stages": [{"search": "nas", "pick": "latency<=5ms"}]}, "Stage 1: pick takes no 'latency' budget"),
         ({"stages": [{"method": "bit"}, {"method": "ptf"}]}, "bit is the last stage"),
         ({"stages": [{"method": "late"}, {"method": "bit"}]}, "bit is the last stage, and does not go with late"),
+        ({"stages": [{"finetune": {}}]}, "A recipe has a stage that cuts"),
+        ({"stages": [{"method": "ptf", "set": {"method": 1}}]}, "Stage 1: Method 'ptf' has no setting method"),
         ({"batch": "two"}, "batch is a whole number, not 'two'"),
         ({"tokens": 0}, "tokens is a whole number, not 0"),
         ({"task": {"data": 3}}, "task, data is a text, not 3"),

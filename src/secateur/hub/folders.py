@@ -68,8 +68,9 @@ def check_target(folder: str | Path, mark: str, source: str = "") -> None:
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise SecateurError(f"'{folder}' is a file: name a folder to write to.")
-    if source and target == Path(source).resolve():
-        raise SecateurError(f"'{folder}' is the model itself: name another folder to write to.")
+    place = Path(source).resolve()
+    if source and (target == place or (place.is_dir() and target in place.parents)):
+        raise SecateurError(f"'{folder}' is or holds the model itself: name another folder to write to.")
     if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
         raise SecateurError(f"'{folder}' holds something else than an earlier result: name another folder to write to.")
 

@@ -28,7 +28,7 @@ METHODS: dict[str, type[Any]] = {
 }
 
 
-def method_of(method: str | Method, **settings: Any) -> Method:
+def method_of(method: str | Method, /, **settings: Any) -> Method:
     """A method by name, with its hyper-parameters; an instance is returned as it is.
 
     Raises:

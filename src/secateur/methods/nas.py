@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -242,8 +241,8 @@ class Nas:
         def stage(sub: SubNetwork) -> str:
             return f"candidate {sub.digest}"
 
-        def kept(sub: SubNetwork, compute: Callable[[], float]) -> float:
-            return float(job.run.record(stage(sub), compute, part_of="search"))
+        def kept(sub: SubNetwork, compute: Callable[[], float], seconds: float | None = None) -> float:
+            return float(job.run.record(stage(sub), compute, part_of="search", seconds=seconds))
 
         def here(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
             return {number: kept(sub, partial(judge.error, sub)) for number, sub in subs.items()}
@@ -254,11 +253,11 @@ class Nas:
         workers = Workers(judge, self.workers)
 
         def there(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
-            begin = time.perf_counter()
             unknown = {number: sub for number, sub in subs.items() if not job.run.has(stage(sub))}
-            found = {n: kept(subs[n], lambda e=error: e) for n, error in workers.errors(unknown)}  # type: ignore[misc]
+            found = {}
+            for number, error, seconds in workers.errors(unknown):
+                found[number] = kept(subs[number], lambda e=error: e, seconds / self.workers)  # type: ignore[misc]
             found |= here({number: sub for number, sub in subs.items() if number not in unknown})
-            job.run.seconds["search"] = job.run.seconds.get("search", 0.0) + round(time.perf_counter() - begin, 3)
             return found
 
         with closing(workers):

@@ -111,7 +111,7 @@ class SuperNetwork(TrainerCallback):
             total = found.loss if passes.full else None
         inside = sites(getattr(model, "module", model))
         for sub in passes.subs:
-            with only(inside, sub):
+            with only(inside, sub, views=not isinstance(model, nn.DataParallel)):
                 found = model(**batch)
             loss = found.loss
             if passes.distils and wanted is not None:
