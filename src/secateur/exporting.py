@@ -222,7 +222,8 @@ def _open_onnx(path: Path) -> Run:
 
 
 def _open_openvino(path: Path) -> Run:
-    compiled = importlib.import_module("openvino").Core().compile_model(str(path), "CPU")
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default it computes in bfloat16 where the processor can
+    compiled = importlib.import_module("openvino").Core().compile_model(str(path), "CPU", exact)
     inputs = [port.get_any_name() for port in compiled.inputs]
 
     def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

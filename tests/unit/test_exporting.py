@@ -182,7 +182,9 @@ def test_openvino_of_a_live_model_replaces_an_earlier_export(tmp_path: Path) -> 
     assert json.loads((out / CHECK_FILE).read_text())["max_abs_difference"] <= 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    compiled = openvino.Core().compile_model(str(out / "openvino_model.xml"), "CPU")
+    compiled = openvino.Core().compile_model(
+        str(out / "openvino_model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     inputs = tiny_batch("bert", batch=4, length=21)
     inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     found = torch.from_numpy(compiled({k: v.numpy() for k, v in inputs.items()})["logits"])
