@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.composing import run_recipe
 from secateur.compressing import compress, plan
 from secateur.costs.analytic import macs
 from secateur.costs.dial import time_settings
@@ -19,7 +20,6 @@ from secateur.costs.tokens import FASTEST
 from secateur.edits.tokens import dial_of, has_dial, turned_to
 from secateur.exporting import export
 from secateur.given import TaskLike, judged_by, live, opened, setting_of
-from secateur.recipes import run_recipe
 from secateur.report import write_dial
 from secateur.results import measured, versions
 from secateur.runtime.choice import ROWS, choose_kernels, time_kernels

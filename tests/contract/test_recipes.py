@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from secateur.cli import app
+from secateur.composing import run_recipe
 from secateur.errors import SecateurError
-from secateur.recipes import Recipe, run_recipe
+from secateur.recipes import Recipe
 from tests.conftest import tiny_batch, tiny_model
 from tests.contract.test_families import logits
 from tests.contract.test_methods import tiny_task, tiny_tokenizer
@@ -84,11 +85,11 @@ def test_a_stopped_run_goes_on(dense: Path, tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("secateur.recipes.finetune", stop)
+        patch.setattr("secateur.composing.finetune", stop)
         run_recipe(recipe, tmp_path / "out", seconds=0.02)
     with pytest.raises(SecateurError, match="with another setting|with another data"):
         run_recipe({**recipe, "seed": 3}, tmp_path / "out", resume=True)
-    monkeypatch.setattr("secateur.recipes.compress", stop)
+    monkeypatch.setattr("secateur.composing.compress", stop)
     resumed = run_recipe(recipe, tmp_path / "out", resume=True, seconds=0.02)
     batch = tiny_batch("bert")
     assert torch.equal(logits(resumed.model, batch), logits(whole.model, batch))
@@ -108,7 +109,7 @@ def test_a_corrected_recipe_keeps_what_is_the_same(
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.recipes.search", stop)
+        patch.setattr("secateur.composing.search", stop)
         result = run_recipe(recipe, tmp_path / "out", resume=True, seconds=0.02)
     assert result.after.params <= 0.7 * result.before.params
     assert result.seconds["2-nas"] > 0.1  # of the first attempt
