@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secateur.errors import SecateurError
+from secateur.errors import MissingExtra, SecateurError
 from secateur.families import sites
 from secateur.gates import only
 from secateur.subnetwork import SubNetwork
@@ -67,7 +67,7 @@ class Workers:
         try:
             self.ray: Any = import_module("ray")
         except ImportError:
-            raise SecateurError("Several workers need Ray: install secateur[ray], or set workers to 1.") from None
+            raise MissingExtra("Several workers need Ray: install secateur[ray], or set workers to 1.") from None
         ray = self.ray
         self.actors: list[Any] = []
         self.started = not ray.is_initialized()

@@ -17,7 +17,7 @@ from secateur.compressing import compress
 from secateur.costs.inputs import check_length
 from secateur.costs.latency import time_interleaved
 from secateur.edits.tokens import at_rest
-from secateur.errors import SecateurError
+from secateur.errors import AnotherRun
 from secateur.front import Front, read_record
 from secateur.given import judged_by, length_of, opened, setting_of
 from secateur.optimize.points import Point
@@ -33,9 +33,6 @@ from secateur.tasks import fingerprint as data_fingerprint
 from secateur.tasks.heads import head_class
 from secateur.tasks.metrics import compute, paired_bootstrap
 from secateur.train import finetune
-
-OTHER = ("was started with another", "holds a run with other settings")
-"""What says that a killed stage was begun under other circumstances."""
 
 
 def run_recipe(
@@ -156,9 +153,7 @@ class _Work:
         resume = any((run / marker).is_file() for marker in ("run.json", "finetune.json"))
         try:
             self._go(stage, place, model, tokenizer, resume)
-        except SecateurError as error:
-            if not resume or not any(words in str(error) for words in OTHER):
-                raise
+        except AnotherRun:
             shutil.rmtree(run)  # other threads, say: this stage begins anew, finished ones stay
             self._go(stage, place, model, tokenizer, False)
 

@@ -23,5 +23,9 @@ class InvalidModel(SecateurError):
     """A model folder that cannot be opened, or a model whose outputs are not finite."""
 
 
+class AnotherRun(SecateurError):
+    """A killed run that is to be resumed was begun with other settings, data or weights."""
+
+
 class MissingExtra(SecateurError):
     """An optional dependency is not installed."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from secateur.costs.analytic import macs, params
 from secateur.costs.budget import Constraint
 from secateur.edits import Edit
-from secateur.errors import InvalidData, SecateurError
+from secateur.errors import AnotherRun, InvalidData, SecateurError
 from secateur.subnetwork import SubNetwork, UnitScores
 from secateur.tasks import Task, batches
 from secateur.tasks.batching import token_limit
@@ -200,7 +200,7 @@ class Run:
                 raise SecateurError(f"There is no unfinished run at '{folder}': run without --resume.")
             changed = sorted(k for k in {*found, *identity} if found.get(k) != json.loads(json.dumps(identity)).get(k))
             if changed:
-                raise SecateurError(
+                raise AnotherRun(
                     f"The run at '{folder}' was started with another {', '.join(changed)}: run without --resume."
                 )
         else:

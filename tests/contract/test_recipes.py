@@ -117,7 +117,9 @@ def test_a_corrected_recipe_keeps_what_is_the_same(
     assert f"secateur extract {tmp_path / 'out' / 'stages' / '2-nas'} --point" in page
 
 
-def test_what_was_done_stays_when_the_rest_is_corrected(dense: Path, tmp_path: Path) -> None:
+def test_what_was_done_stays_when_the_rest_is_corrected(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows to judge by are checked first; other rows, or another number of threads, leave fine-tuning done."""
     ptf = {"method": "ptf", "budget": "params<=10%", "set": QUICK["ptf"]}  # out of reach
     recipe = quick(EXAMPLES[0], dense) | {"stages": [{"finetune": {"epochs": 1}}, ptf]}
@@ -126,11 +128,13 @@ def test_what_was_done_stays_when_the_rest_is_corrected(dense: Path, tmp_path: P
     assert not (tmp_path / "out.run").exists()
     with pytest.raises(SecateurError, match="nearest feasible budget"):
         run_recipe(recipe, tmp_path / "out")
-    tuned = (tmp_path / "out.run" / "1-finetune" / "model.safetensors").stat().st_mtime_ns
     recipe["stages"][1] = {**ptf, "budget": "params<=90%"}
+
+    def stop(*given: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("secateur.composing.finetune", stop)  # is done, and stays so
     result = run_recipe({**recipe, "split": "test"}, tmp_path / "out", resume=True, seconds=0.02)
-    assert (tmp_path / "out" / "stages" / "1-finetune" / "model.safetensors").stat().st_size > 0
-    assert tuned
     assert result.task["split"] == "test"
     texts = [file.read_text() for file in (tmp_path / "out").rglob("*") if file.suffix in (".json", ".md", ".html")]
     assert not any("out.run" in text for text in texts)  # which is gone
@@ -138,6 +142,26 @@ def test_what_was_done_stays_when_the_rest_is_corrected(dense: Path, tmp_path: P
     (tmp_path / "out.run").mkdir()
     with pytest.raises(SecateurError, match="holds the model itself"):
         run_recipe({**recipe, "model": str(tmp_path / "out" / "stages" / "1-finetune")}, tmp_path / "out")
+
+
+def test_a_stage_begun_with_other_threads_begins_anew(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage that was stopped is done again from its start, and the one before it is not."""
+    recipe = quick(EXAMPLES[0], dense)
+    recipe["stages"] = [{"finetune": {"epochs": 1}}, {"method": "ptf", "budget": "macs<=80%", "set": QUICK["ptf"]}]
+
+    def stop(*given: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("secateur.compressing.time_interleaved", stop)
+        run_recipe(recipe, tmp_path / "out")
+    assert (tmp_path / "out.run" / "2-ptf.run" / "run.json").is_file()
+    monkeypatch.setattr("secateur.composing.finetune", stop)
+    monkeypatch.setattr("secateur.starting.torch.get_num_threads", lambda: 99)
+    result = run_recipe(recipe, tmp_path / "out", resume=True, seconds=0.02)
+    assert result.after.macs <= 0.8 * result.before.macs
 
 
 def test_a_recipe_may_begin_with_a_model_without_a_head(dense: Path, tmp_path: Path) -> None:

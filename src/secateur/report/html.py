@@ -20,7 +20,7 @@ from secateur.report import numbers
 from secateur.report.cuts import cuts, score_distributions
 from secateur.report.front import FrontView, as_results, details, front_figures, front_views, volume_figure
 from secateur.report.numbers import Sense
-from secateur.report.trade import COLOURS, series_of, trade_offs
+from secateur.report.trade import AXES, COLOURS, series_of, trade_offs
 from secateur.report.view import Record, View, median, views
 
 
@@ -42,12 +42,9 @@ def render(records: Sequence[Record]) -> str:
     several = len(records) > 1
     everything: list[View | FrontView] = [*shown, *fronts]
     metrics = {view.metric for view in everything}
-    compared = [*shown, *views_of(fronts, len(shown))]
-    trades = (
-        trade_offs(compared, ("macs", "latency", "bytes") if several else ("macs", "latency"))
-        if shown or several
-        else []
-    )
+    trades = trade_offs(shown)  # of a single front its own charts show more
+    if several:
+        trades = trade_offs([*shown, *views_of(fronts, len(shown))], tuple(AXES))
     sections = [_section(view) for view in shown]
     fronts_shown = [{"view": view, "figures": front_figures(view)} for view in fronts]
     volumes = [volume_figure(fronts)] if fronts else []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import TrainerCallback, set_seed
 
-from secateur.errors import SecateurError
+from secateur.errors import AnotherRun, SecateurError
 from secateur.hub import save_folder, write_model
 from secateur.tasks.heads import open_base
 from secateur.tasks.task import Task, fingerprint
@@ -124,7 +124,7 @@ def _prepare_run(folder: Path, record: dict[str, Any], resume: bool) -> None:
     path = folder / RECORD
     if resume and path.is_file():
         if json.loads(path.read_text()) != record:
-            raise SecateurError(
+            raise AnotherRun(
                 f"{folder} holds a run with other settings, data or weights: use the same, or start anew without resume"
             )
         return
