@@ -11,6 +11,7 @@ file, and how many validation examples the same model on packed words answers wi
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from contextlib import nullcontext
 from itertools import product
@@ -21,9 +22,12 @@ import torch
 from common import HERE, Sweep, pairs, seeds_table
 from released_optimizer import released_optimizer
 
+from secateur.binary import binarize
 from secateur.bits.integer import packed_twin
 from secateur.methods import Bit
+from secateur.run import Run
 from secateur.tasks import evaluate
+from secateur.train import bf16_pays
 
 BITS = (8, 4, 2, 1)
 RELEASED = "released optimiser"
@@ -49,8 +53,12 @@ def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -
         row: dict[str, Any] = {"method": f"{name}{arguments.suffix}", "bits": bits, "seed": seed, "set": common}
         if sweep.has(**row):
             continue
+        run, method = Stages(), Bit(**{**METHODS[name], **common})
         with released_optimizer() if name.endswith(RELEASED) else nullcontext():
-            outcome, row["seconds"] = sweep.run(Bit(**{**METHODS[name], **common}), f"bits<={bits}", seed)
+            outcome, seconds = sweep.run(method, f"bits<={bits}", seed, run)
+        row |= {"seconds": seconds, "gradients": "bfloat16" if bf16_pays() else "float32"}
+        if len(run.found) > 1:
+            keep_first_step(sweep, row, run, method)
         found = sweep.judge(outcome.model, row)
         if arguments.packed:
             words = evaluate(packed_twin(outcome.model), sweep.tokenizer, sweep.data, "validation").logits
@@ -58,6 +66,34 @@ def measure(arguments: argparse.Namespace, common: dict[str, Any], path: Path) -
         if arguments.save is not None:
             outcome.model.save_pretrained(arguments.save / f"{row['method']}, {bits} bits, seed {seed}")
         sweep.keep(row)
+
+
+class Stages(Run):
+    """A run that remembers the tensors of its stages."""
+
+    def __init__(self) -> None:
+        super().__init__(None, {})
+        self.found: dict[str, dict[str, torch.Tensor]] = {}
+
+    def tensors(self, stage: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        self.found[stage] = super().tensors(stage, *args, **kwargs)
+        return self.found[stage]
+
+
+def keep_first_step(sweep: Sweep, row: dict[str, Any], run: Stages, method: Bit) -> None:
+    """A row of "single step" from the first of several steps, which is one."""
+    stage, weights = next(iter(run.found.items()))
+    bits = int(stage.split()[-2])
+    first = row | {"method": "single step" + row["method"].partition("bits")[2], "bits": bits}
+    key = {name: first[name] for name in ("method", "bits", "seed", "set")}
+    if sweep.has(**key):
+        return
+    model = copy.deepcopy(sweep.model)
+    binarize(model, [{"input_ids": torch.ones(1, 8, dtype=torch.long)}], bits, two_sets=method.two_sets)
+    model.load_state_dict(weights)
+    first["seconds"] = round(run.seconds[stage], 1)
+    sweep.judge(model.eval(), first)
+    sweep.keep(first)
 
 
 def main() -> None:

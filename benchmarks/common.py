@@ -90,11 +90,13 @@ class Sweep:
         """Whether the file has a row with these entries."""
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.record["rows"])
 
-    def run(self, method: Method, budget: str, seed: int) -> tuple[Outcome, float]:
-        """What a method makes of the model, and the seconds that it took."""
+    def run(self, method: Method, budget: str, seed: int, run: Run | None = None) -> tuple[Outcome, float]:
+        """What a method makes of the model, and the seconds that it took; its stages are kept by a run."""
         limits = constraints(Budget.parse(budget), self.model, 1, self.tokens, units=False)
         start = time.perf_counter()
-        outcome = method.run(Job(self.model, self.tokenizer, self.data, limits, Run(None, {}), 1, self.tokens, seed))
+        outcome = method.run(
+            Job(self.model, self.tokenizer, self.data, limits, run or Run(None, {}), 1, self.tokens, seed)
+        )
         return outcome, round(time.perf_counter() - start, 1)
 
     def judge(self, model: Any, row: dict[str, Any]) -> dict[str, Evaluation]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, mse_loss
 from transformers import (
@@ -34,7 +36,8 @@ from secateur.tasks import batches
 from secateur.train import CompressionTrainer, KeepBest, Settings, distilled, fit, imitated
 from tests.conftest import ENCODERS, in_processes, tiny_batch, tiny_model
 from tests.contract.test_bits import BINARY, logits
-from tests.contract.test_methods import compress, tiny_task, tiny_tokenizer
+from tests.contract.test_methods import WORDS, compress, tiny_task, tiny_tokenizer
+from tests.unit.test_tagging import tagged, tiny_tagger
 
 BIT: dict[str, Any] = dict(epochs=2, lr=1e-3, batches=1)
 
@@ -75,6 +78,36 @@ def test_settings(settings: dict[str, Any], budget: str, bits: set[int]) -> None
     assert dense.input_bits.alpha.requires_grad  # training on is not held back
     shifted = any(m.input_bits.shift.any() for m in result.model.modules() if isinstance(m, BinaryLinear))
     assert bool(shifted) == settings.get("elastic", True)
+
+
+def test_a_mixed_model_trains_and_runs_on_whole_numbers(tmp_path: Path) -> None:
+    bits = {".": 1, "intermediate": 2, ":probs": 4, r"layer\.1\.output": 8}
+    method = secateur.Bit(**BIT, mixed=",".join(f"{name}={count}" for name, count in bits.items()))
+    model = tiny_model("bert")
+    result = compress(model, method, task=tiny_task(), tokenizer=tiny_tokenizer(), budget="bits<=8", out=tmp_path / "o")
+    (edit,) = result.edits
+    for site, count in edit["bits"].items():
+        assert count == next(bits[name] for name in reversed(bits) if re.search(name, site))
+    assert set(edit["bits"].values()) == {1, 2, 4, 8}
+    again, batch = hub.open_model(tmp_path / "o"), tiny_batch("bert")
+    assert torch.equal(logits(again, batch), logits(result.model, batch))
+    assert torch.equal(logits(secateur.packed_twin(again), batch), logits(again, batch))
+
+
+@pytest.mark.parametrize("kind", ["regression", "tags"])
+@pytest.mark.parametrize("distill", [True, False])
+def test_other_heads_are_trained(kind: str, distill: bool, tmp_path: Path) -> None:
+    model: Any = tiny_model("bert", num_labels=1, problem_type="regression") if kind == "regression" else tiny_tagger(0)
+    rows = {"text": [" ".join(WORDS[i : i + 6]) for i in range(60)], "score": [i / 60 for i in range(60)]}
+    task = secateur.load_task(Dataset.from_dict(rows) if kind == "regression" else tagged(60))
+    method = secateur.Bit(**{**BIT, "through": None, "distill": distill})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = compress(model, method, task=task, tokenizer=tiny_tokenizer(), out=tmp_path / "out")
+    assert result.task["metric"] == ("spearman" if kind == "regression" else "entity_f1")
+    moved = result.model.state_dict()
+    assert not torch.equal(moved["classifier.weight"], before["classifier.weight"])  # the loss reaches every head
+    again, batch = hub.open_model(tmp_path / "out", type(model)), tiny_batch("bert")
+    assert torch.equal(logits(again, batch), logits(result.model, batch))
 
 
 def _compress(model: Path, out: Path, *, resume: bool = False) -> subprocess.Popen[bytes]:

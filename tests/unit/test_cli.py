@@ -42,6 +42,15 @@ def one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return message
 
 
+@pytest.mark.parametrize("given", [["--text", "second,first"], ["--text", "second", "--text", "first"]])
+def test_two_text_columns(
+    given: list[str], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are read: a second one that is not there is named."""
+    (work / "pairs.csv").write_text("first,third,label\n" + "the film,is good,good\n" * 20)
+    assert "second" in one_line(capsys, monkeypatch, "evaluate", "model", "-t", "pairs.csv", *given)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -22,7 +22,8 @@ from secateur.hub import attach, save_model
 from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate, load_task
 from secateur.tasks.batching import BucketSampler
-from secateur.train import bf16_pays, distilled, finetune, last_checkpoint, output_distance
+from secateur.train import Settings, bf16_pays, distilled, finetune, fit, last_checkpoint, output_distance
+from secateur.train.loop import bf16_products
 from tests.unit import tiny_text
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +184,32 @@ def test_bf16_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) ->
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
         assert bf16_pays() is pays
+
+
+def test_bf16_products_are_of_steps_only_and_whole_numbers_exact(tmp_path: Path) -> None:
+    """Operands 1 + 2⁻⁸ round to 1 where the hardware multiplies in bfloat16; whole numbers up to 256 never do."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(*ends, (300, 1536), generator=generator).float() for ends in ((-128, 257), (-1, 2)))
+    x = torch.full((64, 64), 1 + 2**-8)
+    exact, wanted = a @ b.T, x @ x
+    with bf16_products():
+        assert torch.equal(a @ b.T, exact)
+        assert (x @ x - wanted).abs().max().item() == (wanted[0, 0].item() - 64 if bf16_pays() else 0)
+    assert torch.equal(x @ x, wanted)
+    model, precisions = tiny_text.model(), []
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            precisions.append(torch.get_float32_matmul_precision())
+
+    def objective(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        precisions.append(torch.get_float32_matmul_precision())
+        loss: torch.Tensor = model(**batch).loss
+        return loss
+
+    settings = Settings(1, 1e-4, 40, 32, 0.0, 0.0, 0, None, False, bf16_products=True)
+    fit(model, tiny_text.tokenizer(), tiny_text.task(), tmp_path, settings, objective=objective, callbacks=[Seen()])
+    assert precisions == ["medium", "highest"]
 
 
 def test_config_of_the_base_is_untouched(base: Path) -> None:

@@ -26,6 +26,7 @@ from secateur.cli.options import (
     ThreadsOption,
     TokenizerOption,
     TokensOption,
+    columns_from,
     numbers_text,
     settings_from,
     show,
@@ -80,7 +81,7 @@ def finetune(
     from secateur.tasks import load_task
 
     use_threads(threads)
-    data = load_task(task, text=text, label=label, metric=metric, seed=seed)
+    data = load_task(task, text=columns_from(text), label=label, metric=metric, seed=seed)
     folder = api.finetune(
         model,
         tokenizer,
@@ -137,7 +138,7 @@ def compress(
 
     use_threads(threads)
     chosen = method_of(method, **settings_from(setting))
-    data = load_task(task, text=text, label=label, metric=metric, seed=seed)
+    data = load_task(task, text=columns_from(text), label=label, metric=metric, seed=seed)
     if dry_run:
         found = api.plan(
             model, chosen, task=data, budget=budget, tokenizer=tokenizer, batch=batch, tokens=tokens, seed=seed
@@ -212,7 +213,7 @@ def dial(
     from secateur.tasks import load_task
 
     use_threads(threads)
-    data = load_task(task, text=text, label=label, metric=metric, seed=seed) if task is not None else None
+    data = load_task(task, text=columns_from(text), label=label, metric=metric, seed=seed) if task is not None else None
     table = api.dial(
         model,
         data,
@@ -279,7 +280,7 @@ def evaluate(
     from secateur.tasks.heads import head_class
 
     use_threads(threads)
-    data = load_task(task, text=text, label=label, metric=metric, seed=seed)
+    data = load_task(task, text=columns_from(text), label=label, metric=metric, seed=seed)
     net = open_model(model, head_class(data), trained=True)
 
     def at(wanted: float | None) -> dict[str, Any]:

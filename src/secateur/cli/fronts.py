@@ -22,6 +22,7 @@ from secateur.cli.options import (
     ThreadsOption,
     TokenizerOption,
     TokensOption,
+    columns_from,
     settings_from,
     show,
     use_threads,
@@ -68,7 +69,7 @@ def search(
     front = api.search(
         model,
         chosen,
-        task=load_task(task, text=text, label=label, metric=metric, seed=seed),
+        task=load_task(task, text=columns_from(text), label=label, metric=metric, seed=seed),
         objectives=objectives,
         budget=budget,
         out=out,

@@ -20,7 +20,9 @@ TaskOption = Annotated[
 TokenizerOption = Annotated[
     str | None, typer.Option(help="Folder or hub id of the tokenizer, if the model's has none.")
 ]
-TextOption = Annotated[str | None, typer.Option(help="Text column, or two: premise,hypothesis.")]
+TextOption = Annotated[
+    list[str] | None, typer.Option(help="Text column, or two: premise,hypothesis, or the option twice.")
+]
 LabelOption = Annotated[str | None, typer.Option(help="Label column.")]
 MetricOption = Annotated[str | None, typer.Option(help="accuracy, f1, matthews, pearson, spearman or entity_f1.")]
 SplitOption = Annotated[str | None, typer.Option(help="Rows to judge by: validation (default), test or train.")]
@@ -52,6 +54,11 @@ def use_threads(count: int | None) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def columns_from(text: list[str] | None) -> list[str] | None:
+    """Names of columns, given one by one or joined with commas."""
+    return [name.strip() for part in text for name in part.split(",")] if text else None
 
 
 def speedups_from(text: str | None) -> list[float] | None:

@@ -23,7 +23,7 @@ from secateur.errors import InvalidBudget, SecateurError
 from secateur.run import Job, Outcome
 from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate, with_replaced_words
-from secateur.train import KeepBest, Settings, imitated
+from secateur.train import KeepBest, Settings, bf16_pays, imitated
 
 
 @dataclass
@@ -184,9 +184,10 @@ class Bit:
             weight_decay=self.weight_decay,
             seed=job.seed,
             dropout=self.dropout,
-            bf16=False,  # quantised products are computed in float32 in any case
+            bf16=False,
             eps=self.eps,
             scale_lr=self.scale_lr,
+            bf16_products=bf16_pays(),
         )
         with tempfile.TemporaryDirectory() as spare:
             folder = Path(spare) if job.run.folder is None else job.run.folder / stage

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ class Settings:
         bf16: bfloat16 autocast.
         beta2, eps: of AdamW.
         scale_lr: peak learning rate of the scales of quantised activations, if another one.
+        bf16_products: see `bf16_products`.
     """
 
     epochs: int
@@ -78,6 +79,7 @@ class Settings:
     beta2: float = 0.999
     eps: float = 1e-8
     scale_lr: float | None = None
+    bf16_products: bool = False
 
 
 def fit(
@@ -117,6 +119,7 @@ def fit(
         callbacks=[*callbacks, _Checkpoints(CHECKPOINT_SECONDS if seconds is None else seconds)],  # marks them last
         objective=objective,
         scale_lr=settings.scale_lr,
+        bf16_products=settings.bf16_products,
     )
     trainer.remove_callback(PrinterCallback)  # it writes to standard output
     for checkpoint in folder.glob("checkpoint-*"):
@@ -141,6 +144,20 @@ def bf16_pays() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    """Round operands of float32 matrix products to bfloat16 within the context; results and their sums stay float32.
+
+    Products of whole numbers up to 256, such as those of quantised operands, are as exact as before.
+    """
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint of a run that was written to its end, or None."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
@@ -154,6 +171,7 @@ class CompressionTrainer(Trainer):
         pruning: prunes while it trains (`Pruning`); any other `Trainer` takes it among its callbacks.
         objective: the loss; the model's own if None.
         scale_lr: peak learning rate of the scales of quantised activations; that of the weights if None.
+        bf16_products: take steps with `bf16_products`.
     """
 
     def __init__(
@@ -162,6 +180,7 @@ class CompressionTrainer(Trainer):
         pruning: TrainerCallback | None = None,
         objective: Objective | None = None,
         scale_lr: float | None = None,
+        bf16_products: bool = False,
         **kwargs: Any,
     ) -> None:
         self.latent = LatentWeights()
@@ -169,6 +188,7 @@ class CompressionTrainer(Trainer):
         kwargs["callbacks"] = [*first, *(kwargs.get("callbacks") or ())]
         super().__init__(*args, **kwargs)
         self.scale_lr = scale_lr
+        self.bf16_products = bf16_products
         self.pruning = pruning
         self.objective: Objective | None = objective
         if objective is not None:
@@ -179,6 +199,11 @@ class CompressionTrainer(Trainer):
         named = isinstance(resume_from_checkpoint, (str, os.PathLike))  # else True: the last one of `output_dir`
         self.latent.checkpoint = Path(str(resume_from_checkpoint)) if named else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take a forward and a backward pass, as any `Trainer`."""
+        with bf16_products() if self.bf16_products else nullcontext():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the objective's loss in training, the model's own without one and in evaluation.
