@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from secateur.errors import MissingExtra, SecateurError
-from secateur.families import sites
-from secateur.gates import only
+from secateur.families import Sites, sites
+from secateur.gates import can_stop, only, prefixes
 from secateur.subnetwork import SubNetwork
-from secateur.tasks import Task, evaluate_batches
+from secateur.tasks import Task, evaluate_together
 from secateur.tasks.batching import Batches
 
 if TYPE_CHECKING:
@@ -43,10 +45,23 @@ class Judge:
         self.model, self.task, self.rows = model, task, rows
         self.sites = sites(model)
 
-    def error(self, sub: SubNetwork) -> float:
-        """1 - metric of a sub-network, with the weights it inherits."""
-        with only(self.sites, sub):
-            return 1 - evaluate_batches(self.model, self.task, self.rows).metrics[self.task.metric]
+    def judged(self, sub: SubNetwork) -> list[SubNetwork]:
+        """Those whose errors are found with a sub-network's: of its first layers, and itself, the last one."""
+        return sub.prefixes() if can_stop(self.sites) else [sub]
+
+    def errors(self, sub: SubNetwork) -> list[float]:
+        """1 - metric of each of them, with the weights it inherits."""
+        inside = prefixes if len(self.judged(sub)) > 1 else _alone
+        with inside(self.sites, sub) as run:
+            found = evaluate_together(self.model, self.task, self.rows, run)
+        return [1 - each.metrics[self.task.metric] for each in found]
+
+
+@contextmanager
+def _alone(found: Sites, sub: SubNetwork) -> Iterator[Callable[[Callable[[], Tensor]], list[Tensor]]]:
+    """A sub-network without those of its first layers."""
+    with only(found, sub):
+        yield lambda forward: [forward()]
 
 
 class Workers:
@@ -96,8 +111,8 @@ class Workers:
                 "until others are done."
             )
 
-    def errors(self, subs: Mapping[int, SubNetwork]) -> Iterator[tuple[int, float, float]]:
-        """The number of each sub-network, its error and the seconds it took, in the order in which they are done.
+    def errors(self, subs: Mapping[int, SubNetwork]) -> Iterator[tuple[int, list[float], float]]:
+        """The number of each sub-network, its errors and the seconds they took, in the order in which they are done.
 
         Raises:
             SecateurError: a sub-network could not be judged.
@@ -133,10 +148,10 @@ class _Remote:
     def __init__(self, given: tuple[PreTrainedModel, Task, Batches], threads: int) -> None:
         self.judge = Judge(*given, threads)
 
-    def judged(self, number: int, sub: dict[str, Any]) -> tuple[int, float, float]:
+    def judged(self, number: int, sub: dict[str, Any]) -> tuple[int, list[float], float]:
         start = time.perf_counter()
-        error = self.judge.error(SubNetwork.from_dict(sub))
-        return number, error, time.perf_counter() - start
+        errors = self.judge.errors(SubNetwork.from_dict(sub))
+        return number, errors, time.perf_counter() - start
 
     def process(self) -> int:
         return os.getpid()

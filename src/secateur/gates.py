@@ -7,8 +7,9 @@ still separate, whatever the attention kernel. Leaving the context, also by an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.families import Site, Sites, axis, output_weight, sites
 from secateur.subnetwork import SubNetwork
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -79,6 +82,61 @@ def only(model: nn.Module | Sites, sub: SubNetwork, *, views: bool = True) -> It
                 stack.callback(site.norm.register_forward_hook(_as_it_came).remove)
         stack.enter_context(gates(found, masks[: len(found.heads)], masks[len(found.heads) :]))
         yield
+
+
+@contextmanager
+def prefixes(model: nn.Module | Sites, sub: SubNetwork) -> Iterator[Callable[[Callable[[], T]], list[T]]]:
+    """Run a sub-network as `only` does, and each of its first layers as well, computing every layer once.
+
+    Within the context `run(forward)` gives what `forward()` gives with the first layer alone, with the first two, and
+    so on to all that are kept (`SubNetwork.prefixes`); what comes before and behind the layers is computed for each.
+
+    Args:
+        model: the model, or its resolved `Sites`.
+        sub: what stays.
+
+    Raises:
+        SecateurError: the sub-network does not fit the model, or its layers cannot be run one by one.
+    """
+    found = model if isinstance(model, Sites) else sites(model)
+    if not can_stop(found):
+        raise SecateurError(f"The layers of a {found.family.name} model cannot be left out while it computes.")
+    layers = found.heads[0].layers
+    with only(found, sub):
+
+        def run(forward: Callable[[], T]) -> list[T]:
+            kept, outputs = list(layers.children()), []
+            with ExitStack() as stack:
+                for layer in kept:
+                    handle = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+                    stack.callback(handle.remove)
+                whole = forward()
+            results = []
+            for layer, output in zip(kept[:-1], outputs, strict=False):
+                with ExitStack() as stack:
+                    for other in kept:
+                        if other is not layer:
+                            stack.enter_context(_without(layers, other))
+                    stack.enter_context(_answering(layer, output))
+                    results.append(forward())
+            return [*results, whole]
+
+        yield run
+
+
+def can_stop(found: Sites) -> bool:
+    """Whether a model can stop behind any of its layers: it has one list of them, and none asks for another."""
+    return not found.family.quirk and len({s.stack for s in found}) == 1 and len(found.heads) == len(found.neurons)
+
+
+@contextmanager
+def _answering(module: nn.Module, output: object) -> Iterator[None]:
+    """A module that gives what it gave before, without computing it."""
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
 
 
 def _can_narrow(found: Sites, site: Site) -> bool:

@@ -73,6 +73,14 @@ class SubNetwork:
             tuple(_compose(a, b) for a, b in zip(self.neurons, other.neurons, strict=True)),
         )
 
+    def prefixes(self) -> list[SubNetwork]:
+        """Its first layer alone, its first two, and so on to all that it has; itself if it has none.
+
+        For models of one stack, whose layers have one block of heads and one of neurons each.
+        """
+        layers = [i for i, pair in enumerate(zip(self.heads, self.neurons, strict=True)) if any(map(any, pair))]
+        return [SubNetwork(_until(i, self.heads), _until(i, self.neurons)) for i in layers[:-1]] + [self]
+
     def check_fits(self, found: Sites) -> None:
         """Raise `SecateurError` unless every mask is as long as its block has units."""
         for what, masks, blocks in (("heads", self.heads, found.heads), ("neurons", self.neurons, found.neurons)):
@@ -117,6 +125,11 @@ class UnitScores:
 
     heads: list[Tensor]
     neurons: list[Tensor]
+
+
+def _until(last: int, masks: tuple[Mask, ...]) -> tuple[Mask, ...]:
+    """Masks of the blocks up to one, and no units behind it."""
+    return tuple(mask if i <= last else (False,) * len(mask) for i, mask in enumerate(masks))
 
 
 def _compose(first: Mask, second: Mask) -> Mask:

@@ -15,7 +15,7 @@ import secateur.hub as hub
 from secateur.edits import Bypass, Edit, Slice, apply_edits, edits_from_dicts
 from secateur.errors import InvalidModel, SecateurError
 from secateur.families import sites
-from secateur.gates import gates, only
+from secateur.gates import can_stop, gates, only, prefixes
 from secateur.subnetwork import SubNetwork
 from tests.conftest import tiny_batch, tiny_model
 from tests.contract.test_families import CUTS, cut, logits
@@ -101,6 +101,43 @@ def test_sub_networks_and_gates_nest() -> None:
     assert torch.allclose(answer(gated, lambda: only(found, neurons(8))), wanted, atol=1e-6)
     assert torch.allclose(answer(lambda: only(found, neurons(8)), gated), wanted, atol=1e-6)
     assert all(parameter is not None for module in model.modules() for parameter in [getattr(module, "weight", 0)])
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_first_layers_are_found_on_the_way(family: str, how: str) -> None:
+    """One pass gives the answers of each of a sub-network's prefixes, and computes every layer once."""
+    model, batch = tiny_model(family), tiny_batch(family)
+    found, sub = sites(model), cut(model, how)
+    if not can_stop(found):
+        with pytest.raises(SecateurError, match="cannot be left out"), prefixes(found, sub):
+            pass
+        return
+    wanted, calls = [], []
+    for each in sub.prefixes():
+        with only(found, each):
+            wanted.append(logits(model, batch))
+    handles = [s.output.register_forward_pre_hook(lambda *given: calls.append(1)) for s in found.neurons]
+    with prefixes(found, sub) as run, torch.no_grad():
+        answers = run(lambda: model(**batch).logits)
+    assert len(calls) == len(wanted)
+    for handle in handles:
+        handle.remove()
+    assert len(answers) == len(wanted)
+    for answer, alone in zip(answers, wanted, strict=True):
+        assert torch.allclose(answer, alone, atol=1e-6)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_prefixes_by_hand() -> None:
+    full, none = (True, True), (False, False)
+    sub = SubNetwork((full, none, full, none), (full, none, none, full))
+    assert sub.prefixes() == [
+        SubNetwork((full, none, none, none), (full, none, none, none)),
+        SubNetwork((full, none, full, none), (full, none, none, none)),
+        sub,
+    ]
+    empty = SubNetwork((none, none), (none, none))
+    assert empty.prefixes() == [empty]
 
 
 def test_first_units_cost_what_they_are() -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 import secateur
 from secateur.errors import InvalidBudget, InvalidData, SecateurError, UnsupportedModel
 from secateur.families import sites
+from secateur.gates import only
 from secateur.methods.nas import Nas
 from tests.conftest import ENCODERS, tiny_batch, tiny_model
 from tests.contract.test_families import logits
@@ -85,16 +86,34 @@ def test_spaces_strategies_and_samplers(settings: dict[str, Any]) -> None:
         assert [len(values) for values in result.scores["neurons"]] == [48] * 3
 
 
+def test_a_super_network_is_searched_as_it_is() -> None:
+    """Every depth of a candidate is a point, with the error that its sub-network has by itself."""
+    model: Any = tiny_model("bert")
+    method = Nas(**NAS | {"strategy": None, "order": False, "evaluations": 2, "holdout": 0.0})
+    assert method.check(model, [], 100) == {"steps": 0, "evaluations": 2}
+    task, words = tiny_task(), tiny_tokenizer()
+    front = secateur.search(model, method, task=task, tokenizer=words)
+    assert all(torch.equal(value, front.model.state_dict()[name]) for name, value in model.state_dict().items())
+    kept = [sum(width > 0 for width in point.sub.head_widths) for point in front.points]
+    assert kept == [3, 2, 1, 0]  # of the full network and of the lower bounds
+    assert front.points[0].seconds == front.points[2].seconds < front.points[3].seconds
+    rows = secateur.methods.nas.batches(task, "validation", words)  # type: ignore[attr-defined]
+    for point in front.points:
+        with only(model, point.sub):
+            alone = secateur.tasks.evaluate_batches(model, task, rows)
+        assert point.error == pytest.approx(1 - alone.metrics["accuracy"], abs=1e-9)
+
+
 def test_candidates_are_judged_by_rows_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 training rows 16 are held out; validation rows are seen before and after, but by no candidate."""
     seen: list[int] = []
-    usual = secateur.cluster.evaluate_batches  # type: ignore[attr-defined]
+    usual = secateur.cluster.evaluate_together  # type: ignore[attr-defined]
 
-    def look(model: Any, task: Any, rows: Any) -> Any:
+    def look(model: Any, task: Any, rows: Any, run: Any) -> Any:
         seen.append(sum(len(batch["labels"]) for batch in rows))
-        return usual(model, task, rows)
+        return usual(model, task, rows, run)
 
-    monkeypatch.setattr("secateur.cluster.evaluate_batches", look)
+    monkeypatch.setattr("secateur.cluster.evaluate_together", look)
     task, rows = tiny_task(), len(tiny_task().train)  # type: ignore[arg-type]
     compress(
         tiny_model("bert"),  # type: ignore[arg-type]
@@ -145,7 +164,7 @@ def test_a_killed_run_resumes_to_the_same_model(tmp_path: Path) -> None:
 
 
 def test_what_was_evaluated_is_not_evaluated_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    usual, calls, stops = secateur.cluster.evaluate_batches, [], [5]  # type: ignore[attr-defined]
+    usual, calls, stops = secateur.cluster.evaluate_together, [], [5]  # type: ignore[attr-defined]
 
     def counted(*given: Any) -> Any:
         if len(calls) == stops[-1]:
@@ -157,7 +176,7 @@ def test_what_was_evaluated_is_not_evaluated_again(monkeypatch: pytest.MonkeyPat
         task, words = tiny_task(), tiny_tokenizer()
         return compress(tiny_model("bert"), Nas(**NAS), task=task, tokenizer=words, out=tmp_path / out, resume=resume)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("secateur.cluster.evaluate_batches", counted)
+    monkeypatch.setattr("secateur.cluster.evaluate_together", counted)
     with pytest.raises(KeyboardInterrupt):
         run("out")
     stops.append(-1)
@@ -178,7 +197,7 @@ def test_what_was_evaluated_is_not_evaluated_again(monkeypatch: pytest.MonkeyPat
         ({"evaluations": 0}, None, "evaluations is a whole number from 1"),
         ({"space": "large", "sampler": "gp"}, None, "many variables|models each of the"),
         ({}, "sparsity>=50%", "nas takes no 'sparsity' budget"),
-        ({"evaluations": 1}, "macs<=60%", "None of 1 candidates meets the budget .* raise evaluations"),
+        ({"evaluations": 1}, "macs<=20%", "None of 3 sub-networks meets the budget .* raise evaluations"),
         ({}, "params<=1%", "nearest feasible budget"),
     ],
 )

@@ -119,8 +119,7 @@ def test_rows_that_were_searched_by_do_not_judge() -> None:
 
 def test_a_stopped_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the search, then while the front is judged: the same front, nothing evaluated twice."""
-    whole = search()
-    usual, stops = secateur.cluster.evaluate_batches, [4]  # type: ignore[attr-defined]
+    usual, stops = secateur.cluster.evaluate_together, [-1]  # type: ignore[attr-defined]
     calls: list[int] = []
 
     def counted(*given: Any) -> Any:
@@ -129,7 +128,10 @@ def test_a_stopped_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         calls.append(1)
         return usual(*given)
 
-    monkeypatch.setattr("secateur.cluster.evaluate_batches", counted)
+    monkeypatch.setattr("secateur.cluster.evaluate_together", counted)
+    whole, needed = search(), len(calls)
+    calls.clear()
+    stops.append(4)
     with pytest.raises(KeyboardInterrupt):
         search(out=tmp_path / "front")
     stops.append(-1)
@@ -141,7 +143,7 @@ def test_a_stopped_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         patch.setattr("secateur.searching.paired_bootstrap", stop)
         search(out=tmp_path / "front", resume=True)
     resumed = search(out=tmp_path / "front", resume=True)
-    assert len(calls) == len(whole.points)
+    assert len(calls) == needed
     assert [(p.number, p.sub, p.error) for p in resumed.points] == [(p.number, p.sub, p.error) for p in whole.points]
     assert resumed.judged == whole.judged
     assert not (tmp_path / "front.run").exists()
@@ -185,7 +187,7 @@ def test_another_clock_does_not_mix_candidates_up(tmp_path: Path, monkeypatch: p
     """Resumed on a machine that is slower by now: the same points with the same errors as without the stop."""
     given: dict[str, Any] = {"method": Nas(**NAS | {"space": "medium"}), "objectives": "error,latency"}
     given |= {"budget": "latency<=80%", "out": tmp_path / "front"}
-    usual, calls = secateur.cluster.evaluate_batches, []  # type: ignore[attr-defined]
+    usual, calls = secateur.cluster.evaluate_together, []  # type: ignore[attr-defined]
 
     def counted(*rows: Any) -> Any:
         calls.append(1)
@@ -194,7 +196,7 @@ def test_another_clock_does_not_mix_candidates_up(tmp_path: Path, monkeypatch: p
         return usual(*rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("secateur.cluster.evaluate_batches", counted)
+        patch.setattr("secateur.cluster.evaluate_together", counted)
         search(**given)
     monkeypatch.setattr(
         "secateur.costs.latency.time_model", lambda *given, **options: Timing(99.0, 99.0, 10, 1, "float32", 1, 10)
@@ -203,7 +205,7 @@ def test_another_clock_does_not_mix_candidates_up(tmp_path: Path, monkeypatch: p
     judge = secateur.cluster.Judge  # type: ignore[attr-defined]
     held = secateur.methods.nas.held_out(tiny_task(), 0.2, 2048, 0)  # type: ignore[attr-defined]
     here = judge(resumed.model, held, secateur.methods.nas.batches(held, "validation", tiny_tokenizer()))  # type: ignore[attr-defined]
-    assert [point.error for point in resumed.points] == pytest.approx([here.error(p.sub) for p in resumed.points])
+    assert [point.error for point in resumed.points] == pytest.approx([here.errors(p.sub)[-1] for p in resumed.points])
     assert max(point.costs["latency"] for point in resumed.points) < 50  # as it was timed at first
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, mse_loss
 
 from secateur.errors import SecateurError
@@ -13,7 +15,7 @@ from secateur.families import sites
 from secateur.gates import only
 from secateur.optimize.spaces import Space
 from secateur.train.supernet import Strategy, SuperNetwork, in_place_distillation
-from tests.conftest import tiny_batch, tiny_model
+from tests.conftest import in_processes, tiny_batch, tiny_model
 
 
 def super_network(strategy: Strategy, **more: Any) -> tuple[Any, SuperNetwork]:
@@ -130,3 +132,47 @@ def test_bad_settings_are_refused() -> None:
     model, network = super_network("sandwich")
     with pytest.raises(SecateurError, match="needs a loss"):
         network.objective(model, tiny_batch("bert"))
+
+
+PARALLEL = """
+import sys
+import torch; torch.set_num_threads(1)
+from safetensors.torch import save_file
+from torch.utils.data import SequentialSampler
+from transformers import TrainingArguments
+from secateur.train import CompressionTrainer
+from tests.conftest import tiny_batch
+from tests.unit.test_supernet import super_network
+
+class InOrder(CompressionTrainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+model, network = super_network(sys.argv[2])
+for module in model.modules():
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+batch = tiny_batch("bert", 16) | {"labels": torch.arange(16) % 2}
+rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(16)]
+arguments = TrainingArguments(
+    sys.argv[1] + "/run", max_steps=6, per_device_train_batch_size=int(sys.argv[3]), use_cpu=True, report_to="none",
+    save_strategy="no", learning_rate=0.1, optim="sgd", max_grad_norm=1.0,
+)
+trainer = InOrder(model, arguments, train_dataset=rows, callbacks=[network], objective=network.objective)
+trainer.train()
+save_file({name: w.detach().clone() for name, w in model.state_dict().items()},
+          f"{sys.argv[1]}/{trainer.args.world_size}-{trainer.args.process_index}.safetensors")
+"""
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "random"])
+def test_two_processes_train_one_super_network(strategy: str, tmp_path: Path) -> None:
+    """Data parallel over gloo, half of each batch in each process: the weights of one process with whole batches."""
+    for processes, batch in ((2, "4"), (1, "8")):
+        in_processes(processes, PARALLEL, tmp_path, strategy, batch)
+    one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    start = super_network("standard")[0].state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    moved = {name: (one[name] - start[name]).abs().max().item() for name in one}
+    assert max(moved.values()) > 0.01
+    assert all(torch.allclose(one[name], first[name], atol=1e-4) for name in one)

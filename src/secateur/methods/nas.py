@@ -62,10 +62,11 @@ class Nas:
     Attributes:
         space: "small": one number of layers, heads and neurons; "medium": heads and neurons of each layer; "layer":
             which layers stay; "large": which heads and neurons stay.
-        strategy: what a step of the super-network's training trains (`train.supernet.SuperNetwork`).
+        strategy: what a step of the super-network's training trains (`train.supernet.SuperNetwork`); with none nothing
+            is trained, for a model that is a super-network already.
         order: sort heads and neurons by their Fisher information first, so that the first ones are the best ones.
         sampler: who proposes candidates: "random", "local", "evolution", "nsga2", "tpe" or "gp".
-        evaluations: candidates that are judged.
+        evaluations: candidates that are judged, each with those of its first layers alone, which cost no more.
         workers: candidates judged at a time: with more than one by processes of a Ray cluster (`secateur[ray]`), which
             hold the super-network once each; the sampler is then told so many at a time.
         stratified: draws are spread over sizes, in "small" and "medium".
@@ -81,7 +82,7 @@ class Nas:
     """
 
     space: Kind = "small"
-    strategy: Strategy = "one-shot"
+    strategy: Strategy | None = "one-shot"
     order: bool = True
     sampler: Name = "local"
     evaluations: int = 100
@@ -118,7 +119,7 @@ class Nas:
             nearest = min(found.points, key=lambda point: point.beyond(limits))
             reached = ", ".join(f"{kind} {nearest.costs[kind]:.4g}" for kind in limits)
             raise InvalidBudget(
-                f"None of {len(found.points)} candidates meets the budget (the nearest has {reached}): raise "
+                f"None of {len(found.points)} sub-networks meets the budget (the nearest has {reached}): raise "
                 "evaluations, or allow more."
             )
         edits = cut_out(found.model, best.sub)
@@ -142,9 +143,9 @@ class Nas:
         job = replace(job, task=task)
         model = copy.deepcopy(job.model)
         scores = self._sorted(model, job) if self.order else None
-        trained = job.run.tensors("train", lambda: self._train(model, job, space))
-        model.load_state_dict(trained)
-        nn.Module.to(model, job.model.device)
+        if self.strategy is not None:
+            model.load_state_dict(job.run.tensors("train", partial(self._train, model, job, space, self.strategy)))
+            nn.Module.to(model, job.model.device)
         costs = self._costs(job, objectives)
         points = self._searched(model.eval(), job, space, objectives, costs)
         return Searched(model, scores, points, costs)
@@ -160,7 +161,8 @@ class Nas:
         space = Space.of(self.space, sites(model), self.multiple)
         sampler(self.sampler, space, 1 + len(limits))
         kept = rows - round(min(self.holdout * rows, MOST))
-        return {"steps": -(-kept // self.batch_size) * self.epochs, "evaluations": self.evaluations}
+        steps = -(-kept // self.batch_size) * self.epochs if self.strategy is not None else 0
+        return {"steps": steps, "evaluations": self.evaluations}
 
     def _sorted(self, model: PreTrainedModel, job: Job) -> UnitScores:
         """Sort the units of a copy of the job's model; their scores in the new order."""
@@ -172,12 +174,12 @@ class Nas:
         scores = UnitScores(*unpack_units("score", job.run.tensors("order", score)))
         return sort_units(model, scores)
 
-    def _train(self, model: PreTrainedModel, job: Job, space: Space) -> dict[str, Tensor]:
+    def _train(self, model: PreTrainedModel, job: Job, space: Space, strategy: Strategy) -> dict[str, Tensor]:
         """Weights of the super-network."""
         draw = self._draw(model, space)
         network = SuperNetwork(
             space,
-            self.strategy,
+            strategy,
             count=self.subnetworks,
             temperature=self.temperature,
             draw=lambda source: space.decode(draw(source)),
@@ -205,7 +207,10 @@ class Nas:
     def _searched(
         self, model: PreTrainedModel, job: Job, space: Space, objectives: Sequence[str], costs: dict[str, Cost]
     ) -> list[Point]:
-        """Every candidate with its error and its costs; each evaluation is kept as soon as it is done."""
+        """Every candidate with its error and its costs, and those of its first layers alone.
+
+        Each evaluation is kept as soon as it is done.
+        """
         rows = batches(job.task, "validation", job.tokenizer, max_length=token_limit(job.tokenizer, model))
         limits = {limit.kind: limit.limit for limit in job.constraints}
         asked = sampler(
@@ -217,17 +222,19 @@ class Nas:
             limited=bool(limits),
         )
         points: dict[str, Point] = {}
+        judge = Judge(model, job.task, rows)
         with ExitStack() as stack:
-            errors = stack.enter_context(self._judging(Judge(model, job.task, rows), job))
+            judge_all = stack.enter_context(self._judging(judge, job))
             advance = stack.enter_context(progress("searching", self.evaluations, show=job.show))
             for start in range(0, self.evaluations, self.workers):
                 drawn = [asked.ask() for _ in range(min(self.workers, self.evaluations - start))]
                 subs = {sub.digest: sub for sub in map(space.decode, drawn)}
-                new = dict(enumerate((sub for digest, sub in subs.items() if digest not in points), len(points)))
-                for number, error in errors(new).items():
-                    counted = {kind: cost.of(new[number]) for kind, cost in costs.items()}
-                    spent = job.run.seconds["search"]
-                    points[new[number].digest] = Point(number, new[number], error, counted, spent)
+                new = dict(enumerate(sub for digest, sub in subs.items() if digest not in points))
+                for number, errors in judge_all(new).items():
+                    for sub, error in reversed(list(zip(judge.judged(new[number]), errors, strict=True))):
+                        if sub.digest not in points:
+                            counted = {kind: cost.of(sub) for kind, cost in costs.items()}
+                            points[sub.digest] = Point(len(points), sub, error, counted, job.run.seconds["search"])
                 for values in drawn:
                     point = points[space.decode(values).digest]
                     asked.tell(values, [point.of(name) for name in objectives], max(0.0, point.beyond(limits)))
@@ -235,28 +242,30 @@ class Nas:
         return sorted(points.values(), key=lambda point: point.number)
 
     @contextmanager
-    def _judging(self, judge: Judge, job: Job) -> Iterator[Callable[[Mapping[int, SubNetwork]], dict[int, float]]]:
-        """A function from numbered sub-networks to their errors, each of which is kept as soon as it is known."""
+    def _judging(
+        self, judge: Judge, job: Job
+    ) -> Iterator[Callable[[Mapping[int, SubNetwork]], dict[int, list[float]]]]:
+        """A function from numbered sub-networks to their errors, which are kept as soon as they are known."""
 
         def stage(sub: SubNetwork) -> str:
             return f"candidate {sub.digest}"
 
-        def kept(sub: SubNetwork, compute: Callable[[], float], seconds: float | None = None) -> float:
-            return float(job.run.record(stage(sub), compute, part_of="search", seconds=seconds))
+        def kept(sub: SubNetwork, compute: Callable[[], list[float]], seconds: float | None = None) -> list[float]:
+            return list(job.run.record(stage(sub), compute, part_of="search", seconds=seconds))
 
-        def here(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
-            return {number: kept(sub, partial(judge.error, sub)) for number, sub in subs.items()}
+        def here(subs: Mapping[int, SubNetwork]) -> dict[int, list[float]]:
+            return {number: kept(sub, partial(judge.errors, sub)) for number, sub in subs.items()}
 
         if self.workers == 1:
             yield here
             return
         workers = Workers(judge, self.workers)
 
-        def there(subs: Mapping[int, SubNetwork]) -> dict[int, float]:
+        def there(subs: Mapping[int, SubNetwork]) -> dict[int, list[float]]:
             unknown = {number: sub for number, sub in subs.items() if not job.run.has(stage(sub))}
             found = {}
-            for number, error, seconds in workers.errors(unknown):
-                found[number] = kept(subs[number], lambda e=error: e, seconds / self.workers)  # type: ignore[misc]
+            for number, errors, seconds in workers.errors(unknown):
+                found[number] = kept(subs[number], lambda e=errors: e, seconds / self.workers)  # type: ignore[misc]
             found |= here({number: sub for number, sub in subs.items() if number not in unknown})
             return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from secateur.tasks.augmenting import with_replaced_words
 from secateur.tasks.batching import Batches, batches, median_tokens
 from secateur.tasks.loading import load_task
-from secateur.tasks.metrics import Evaluation, compute, evaluate, evaluate_batches, paired_bootstrap
+from secateur.tasks.metrics import Evaluation, compute, evaluate, evaluate_batches, evaluate_together, paired_bootstrap
 from secateur.tasks.presets import PRESETS
 from secateur.tasks.split import held_out
 from secateur.tasks.task import Task, check_labels, fingerprint
@@ -20,6 +20,7 @@ __all__ = [
     "compute",
     "evaluate",
     "evaluate_batches",
+    "evaluate_together",
     "fingerprint",
     "held_out",
     "load_task",

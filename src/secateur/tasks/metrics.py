@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "compute",
     "evaluate",
     "evaluate_batches",
+    "evaluate_together",
     "fingerprint",
     "paired_bootstrap",
 ]
@@ -137,13 +139,46 @@ def evaluate_batches(
     Raises:
         InvalidModel: if the outputs are not finite, or not one row of logits per example.
     """
+    (found,) = evaluate_together(model, task, data, lambda forward: [forward()], label, progress=progress)
+    return found
+
+
+def evaluate_together(
+    model: PreTrainedModel,
+    task: Task,
+    data: Batches,
+    run: Callable[[Callable[[], Tensor]], list[Tensor]],
+    label: str = "evaluating",
+    *,
+    progress: bool = False,
+) -> list[Evaluation]:
+    """Evaluate several variants of a model, batch by batch, as `evaluate_batches` does one.
+
+    Args:
+        model: a classifier of sequences or tokens, or a regressor.
+        task: what the batches are of, with class ids in the model's order.
+        data: all examples, in any order.
+        run: given a forward pass on a batch, logits of each variant, in the same order for each batch.
+        label: of the progress.
+        progress: show progress on standard error.
+
+    Raises:
+        InvalidModel: as there.
+    """
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            parts = [_logits(model, batch, head_class(task)) for batch in track(data, label, show=progress)]
+            parts = [
+                run(partial(_logits, model, batch, head_class(task))) for batch in track(data, label, show=progress)
+            ]
     finally:
         model.train(training)
+    return [_evaluation(model, task, data, list(variant)) for variant in zip(*parts, strict=True)]
+
+
+def _evaluation(model: PreTrainedModel, task: Task, data: Batches, parts: list[Tensor]) -> Evaluation:
+    """The metrics of logits, batch by batch."""
     back = torch.argsort(torch.tensor(data.order))
     answers = [batch["labels"] for batch in data]
     if task.kind == "token_classification":

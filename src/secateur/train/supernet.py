@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur.errors import SecateurError
-from secateur.families import sites
+from secateur.families import Sites, sites
 from secateur.gates import only
 from secateur.optimize.spaces import Space
 from secateur.subnetwork import SubNetwork
@@ -102,6 +103,20 @@ class SuperNetwork(TrainerCallback):
 
     def objective(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The sum of the losses of a step's passes over a batch with labels."""
+        if not isinstance(model, DistributedDataParallel):
+            return self._loss(model, sites(getattr(model, "module", model)), batch)
+        whole = model.module  # processes wait for each other once in a step: all its passes are one call
+        usual, inside, own = whole.forward, sites(whole), whole.__dict__.get("forward")
+        whole.forward = lambda: self._loss(usual, inside, batch)
+        try:
+            return cast(Tensor, model())
+        finally:
+            if own is None:
+                del whole.__dict__["forward"]
+            else:  # that of autocast
+                whole.forward = own
+
+    def _loss(self, model: Callable[..., Any], inside: Sites, batch: dict[str, Tensor]) -> Tensor:
         passes, total = self.passes, None
         wanted = None
         if passes.full or passes.distils:
@@ -109,7 +124,6 @@ class SuperNetwork(TrainerCallback):
                 found = model(**batch)
             wanted = found.logits.detach()
             total = found.loss if passes.full else None
-        inside = sites(getattr(model, "module", model))
         for sub in passes.subs:
             with only(inside, sub, views=not isinstance(model, nn.DataParallel)):
                 found = model(**batch)
