@@ -108,15 +108,15 @@ def test_the_gradient_of_the_scale_shrinks_with_the_tensor() -> None:
 
 
 def test_weights_become_signs_and_a_scale() -> None:
-    weight = torch.tensor([[0.4, -0.2, 0.1], [0.3, 0.0, -0.6]], requires_grad=True)
+    weight = torch.tensor([[0.5, -0.25, 0.125], [0.375, 0.0, -0.75]], requires_grad=True)  # exact, as their means
     signs, scale = binarized(weight)
     assert signs.tolist() == [[1, -1, 1], [1, 1, -1]]  # the mean is 0; what lies on it is +1
-    assert float(scale) == pytest.approx(1.6 / 6)
+    assert float(scale) == pytest.approx(2 / 6)
     (signs * scale * torch.arange(6.0).view(2, 3)).sum().backward()
     assert weight.grad.tolist() == [[0, 1, 2], [3, 4, 5]]  # type: ignore[union-attr]  # straight through, no window
     signs, scale = binarized(weight, rows=True)
-    assert signs.tolist() == [[1, -1, 1], [1, 1, -1]]  # means 0.1, which 0.1 reaches, and -0.1
-    assert scale.tolist() == pytest.approx([0.7 / 3, 0.9 / 3])
+    assert signs.tolist() == [[1, -1, 1], [1, 1, -1]]  # means 0.125, which the third reaches, and -0.125
+    assert scale.tolist() == pytest.approx([0.875 / 3, 1.125 / 3])
 
 
 @pytest.mark.parametrize("rows", [False, True])

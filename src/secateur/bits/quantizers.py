@@ -133,8 +133,8 @@ class _ScaledGradient(torch.autograd.Function):
 def binarized(weight: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
     """Weights as signs and a scale: W_b = s · sgn(W - e), e = mean W and s = mean |W| (spec 1, eq. 5 of the paper).
 
-    The gradient goes straight through, dL/dW = dL/dW_b, with no window and none through s and e. Means are taken in
-    float64: those of ±s are then exactly s, so that binarizing what is binary changes no bit.
+    The gradient goes straight through, dL/dW = dL/dW_b, with no window and none through s and e. Means are those of
+    differences to a first entry: of ±s they are exactly s, so that binarizing what is binary changes no bit.
 
     Args:
         weight: latent weights, (out, in).
@@ -144,10 +144,14 @@ def binarized(weight: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
         Signs ±1, of the weight's shape, and the scale: (out,) with rows, else a scalar.
     """
     values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    over = {"dim": 1, "keepdim": True} if rows else {}
-    centre, scale = (part.mean(dtype=torch.float64, **over) for part in (values, values.abs()))
-    signs = _signs_(values - centre.to(values.dtype)).to(weight.dtype)
+    values = values if rows else values.reshape(1, -1)
+    sizes = values.abs()
+    first = sizes[:, :1].clone()
+    scale = first + sizes.sub_(first).mean(dim=1, keepdim=True)
+    moved = values - values[:, :1]
+    signs = _signs_(moved.sub_(moved.mean(dim=1, keepdim=True))).view_as(weight).to(weight.dtype)
     scale = scale.clamp_min(LEAST_SCALE).to(weight.dtype)
+    scale = scale if rows else scale.squeeze()
     if torch.is_grad_enabled() and weight.requires_grad:
         signs = cast(Tensor, _Through.apply(weight, signs, scale))
     return signs, scale.flatten() if rows else scale
