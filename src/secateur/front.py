@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import hub
@@ -15,7 +15,7 @@ from secateur.costs.budget import Budget
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.optimize.pareto import hypervolume, knee
 from secateur.optimize.points import DEAR, ERROR, Point, best_of, front_of
-from secateur.prune import cut_out
+from secateur.prune import Weights, taken
 from secateur.report import write_report
 from secateur.report.card import front_card
 from secateur.results import read_result
@@ -25,6 +25,7 @@ SCHEMA = 1
 MARK = "front.json"
 POINT = "point.json"
 NETWORK = "supernet"
+POINTS = "points"
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Front:
         seconds: wall time by stage.
         model: the super-network: a plain model, whose first units are its best.
         tokenizer: its tokenizer.
+        weights: of points of the front, by their number, if each was trained by itself; files or tensors.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Front:
     command: str
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False, default=None)
+    weights: dict[int, Weights] = field(repr=False, default_factory=dict)
 
     def pareto(self) -> list[Point]:
         """The points that no other one dominates, among those that keep the limits, by rising cost."""
@@ -132,12 +135,14 @@ class Front:
 
         Returns:
             A model of its own, which computes what the point did.
+
+        Raises:
+            SecateurError: there is no such point, or it was trained by itself and is not on the front.
         """
         chosen = self.point(point) if isinstance(point, int) else point
         if out is not None:
             hub.check_target(out, POINT, self.source)
-        model = copy.deepcopy(self.model)
-        cut_out(model, chosen.sub)
+        model = taken(self.model, chosen, self.weights)
         if out is not None:
             record = self.to_dict()
 
@@ -154,12 +159,13 @@ class Front:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `front.json`."""
-        live = ("model", "tokenizer", "source")
+        live = ("model", "tokenizer", "source", "weights")
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in live}
         record |= {"objectives": list(self.objectives), "points": [point.to_dict() for point in self.points]}
         record |= {
             "judged": {str(number): value for number, value in self.judged.items()},
             "front": [point.number for point in self.pareto()],
+            "trained alone": sorted(self.weights),
             "volumes": volumes(self.points, self.objectives, self.dense["costs"], self.limits),
         }
         return {"secateur": self.versions["secateur"], "schema": SCHEMA, "model": self.source, **record}
@@ -175,6 +181,9 @@ class Front:
 
         def write(fresh: Path) -> None:
             hub.write_model(fresh / NETWORK, self.model, self.tokenizer)
+            for number, own in self.weights.items():
+                (fresh / POINTS).mkdir(exist_ok=True)
+                save_file(load_file(own) if isinstance(own, Path) else own, fresh / POINTS / f"{number}.safetensors")
             write_json(fresh / MARK, record)
             write_report([{**record, "folder": str(folder)}], fresh / "report.html")
 
@@ -194,6 +203,9 @@ class Front:
             values |= {"source": record["model"], "objectives": tuple(record["objectives"])}
             values["points"] = [Point.from_dict(point) for point in record["points"]]
             values["judged"] = {int(number): found for number, found in record["judged"].items()}
+            values["weights"] = {n: place / POINTS / f"{n}.safetensors" for n in map(int, record["trained alone"])}
+            if gone := [file.name for file in values["weights"].values() if not file.is_file()]:
+                raise KeyError(gone[0])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SecateurError(f"'{folder}' is damaged ({type(error).__name__} {error}): search again.") from None
         network = place / NETWORK

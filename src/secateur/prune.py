@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +19,7 @@ from secateur.edits import Bypass, Edit, Slice, apply_edits
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
 from secateur.optimize.allocate import allocate
+from secateur.optimize.points import Point
 from secateur.repair import fold_scales
 from secateur.repair import rearrange as rearranged
 from secateur.repair import tune as tuned
@@ -25,6 +28,8 @@ from secateur.scores.trajectory import UnitGradients
 from secateur.subnetwork import SubNetwork, UnitScores
 
 Tune = Literal["none", "scale", "full"]
+Weights = Path | dict[str, Tensor]
+"""A model's tensors by name, or the safetensors file that they are in."""
 ATTEMPTS = 4  # how often a missed latency budget is tightened
 MARGIN = 0.98  # aim a little below a latency that was missed
 
@@ -86,6 +91,25 @@ def cut_out(model: PreTrainedModel, sub: SubNetwork) -> list[Edit]:
     apply_edits(model, edits)
     hub.attach(model.eval(), edits)
     return edits
+
+
+def taken(model: PreTrainedModel, point: Point, weights: Mapping[int, Weights]) -> PreTrainedModel:
+    """A point cut out of a copy of its super-network, with weights of its own if it was trained by itself.
+
+    Raises:
+        SecateurError: points were trained by themselves, and the weights of this one were not kept.
+    """
+    if weights and point.number not in weights:
+        on = ", ".join(map(str, weights))
+        raise SecateurError(
+            f"Point {point.number} was trained by itself, and only weights of the front were kept: take one of {on}."
+        )
+    found = copy.deepcopy(model)
+    cut_out(found, point.sub)
+    if weights:
+        own = weights[point.number]
+        found.load_state_dict(load_file(own) if isinstance(own, Path) else own)
+    return found
 
 
 def _projections(model: nn.Module) -> dict[str, nn.Parameter]:

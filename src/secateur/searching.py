@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from secateur.given import TaskLike
 from secateur.methods import METHODS, method_of
 from secateur.optimize.points import Point, check_objectives
 from secateur.progress import track
-from secateur.prune import cut_out
+from secateur.prune import taken
 from secateur.run import Method
 from secateur.starting import Started, start
 from secateur.subnetwork import SubNetwork
@@ -104,8 +103,7 @@ def search(
     timed = "latency" in (*wanted, *limits)
     judged = {}
     for point in track(pareto_within(found.points, wanted, limits), "judging the front", show=progress):
-        twin = copy.deepcopy(found.model)
-        cut_out(twin, point.sub)
+        twin = taken(found.model, point, found.weights)
         judged[point.number] = _judged(started, twin, point, before, seconds if timed else None)
     record = started.record("search")
     record["task"]["searched"] = not getattr(chosen, "holdout", 0) and started.rows == "validation"
@@ -132,6 +130,7 @@ def search(
         seconds=job.run.seconds,
         model=found.model,
         tokenizer=job.tokenizer,
+        weights=found.weights,
     )
     if out is not None:
         front.save(out)

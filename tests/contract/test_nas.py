@@ -104,6 +104,71 @@ def test_a_super_network_is_searched_as_it_is() -> None:
         assert point.error == pytest.approx(1 - alone.metrics["accuracy"], abs=1e-9)
 
 
+ALONE: dict[str, Any] = NAS | {"strategy": "alone", "epochs": 3, "evaluations": 7, "sampler": "random"}
+
+
+def test_candidates_are_trained_alone(tmp_path: Path) -> None:
+    """One of three goes on to three epochs; a point of the front is cut out with weights of its own."""
+    model: Any = tiny_model("bert")
+    task, words = tiny_task(200), tiny_tokenizer()
+    given: dict[str, Any] = {"task": task, "tokenizer": words, "seconds": 0.02}
+    front = secateur.search(model, Nas(**ALONE), **given, out=tmp_path / "front")
+    assert [point.number for point in front.points] == list(range(len(front.points)))
+    assert 5 <= len(front.points) <= 7  # some mean the same network
+    assert torch.allclose(logits(front.model, tiny_batch("bert")), logits(model, tiny_batch("bert")), atol=1e-5)
+    loaded = secateur.Front.load(tmp_path / "front")
+    assert sorted(loaded.weights) == sorted(point.number for point in front.pareto())
+    held = secateur.methods.nas.held_out(task, 0.2, 2048, 0)  # type: ignore[attr-defined]
+    for point in front.pareto():
+        small = loaded.extract(point, tmp_path / str(point.number))
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / str(point.number))
+        assert torch.equal(logits(again, tiny_batch("bert")), logits(small, tiny_batch("bert")))
+        found = secateur.tasks.evaluate(again, words, held)
+        assert point.error == pytest.approx(1 - found.metrics["accuracy"], abs=1e-9)
+    off = next(point for point in front.points if point not in front.pareto())
+    with pytest.raises(SecateurError, match="only weights of the front were kept"):
+        loaded.extract(off)
+    (tmp_path / "front" / "points" / f"{front.pareto()[0].number}.safetensors").unlink()
+    with pytest.raises(SecateurError, match="is damaged"):
+        secateur.Front.load(tmp_path / "front")
+    result = secateur.compress(model, Nas(**ALONE), **given, budget="params<=90%")
+    assert result.budget["terms"][0]["met"]
+
+
+def test_training_alone_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the second and the third epoch of the one that went on: the same errors and weights."""
+    given: dict[str, Any] = {"task": tiny_task(200), "tokenizer": tiny_tokenizer(), "seconds": 0.02}
+    usual = secateur.alone.KeepBest.on_epoch_end  # type: ignore[attr-defined]
+    epochs: list[int] = []
+    stop_at = [0]
+
+    def counted(self: Any, args: Any, state: Any, *more: Any, **rest: Any) -> None:
+        usual(self, args, state, *more, **rest)
+        epochs.append(round(state.epoch))
+        if epochs[-1] == stop_at[-1]:
+            raise KeyboardInterrupt
+
+    def run(**more: Any) -> Any:
+        epochs.clear()
+        return secateur.search(tiny_model("bert"), Nas(**ALONE), **given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("secateur.alone.KeepBest.on_epoch_end", counted)
+    monkeypatch.setattr("secateur.train.loop.CHECKPOINT_SECONDS", 0)
+    whole, needed = run(), len(epochs)
+    stop_at.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(out=tmp_path / "front")
+    stop_at.append(0)
+    done = len(epochs)
+    resumed = run(out=tmp_path / "front", resume=True)
+    assert done >= 4
+    assert len(epochs) <= needed - done + 1
+    assert [(p.sub, p.error) for p in resumed.points] == [(p.sub, p.error) for p in whole.points]
+    assert resumed.weights.keys() == whole.weights.keys()
+    for number, weights in resumed.weights.items():
+        assert all(torch.equal(weights[name], whole.weights[number][name]) for name in weights)
+
+
 def test_candidates_are_judged_by_rows_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 training rows 16 are held out; validation rows are seen before and after, but by no candidate."""
     seen: list[int] = []
@@ -194,6 +259,7 @@ def test_what_was_evaluated_is_not_evaluated_again(monkeypatch: pytest.MonkeyPat
         ({"sampler": "grid"}, None, "sampler is random or local or evolution or nsga2"),
         ({"holdout": 1}, None, "holdout is a share, from 0 to below 1"),
         ({"temperature": 0}, None, "temperature is above 0"),
+        ({"strategy": "alone", "workers": 2}, None, "leave workers at 1"),
         ({"evaluations": 0}, None, "evaluations is a whole number from 1"),
         ({"space": "large", "sampler": "gp"}, None, "many variables|models each of the"),
         ({}, "sparsity>=50%", "nas takes no 'sparsity' budget"),

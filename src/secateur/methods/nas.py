@@ -6,13 +6,17 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur import hub
+from secateur.alone import Alone
 from secateur.checks import check_fields, check_shares
 from secateur.cluster import Judge, Workers
 from secateur.costs.analytic import LinearCost, bypassed, encoder_params, file_bytes, params
@@ -20,12 +24,13 @@ from secateur.costs.budget import Constraint, Cost, cost_of
 from secateur.costs.latency import LatencyTable
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.families import sites
-from secateur.optimize.points import DEAR, ERROR, OBJECTIVES, Point, best_of
-from secateur.optimize.samplers import Name, sampler
+from secateur.optimize.halving import Halving
+from secateur.optimize.points import DEAR, ERROR, OBJECTIVES, Point, best_of, front_of
+from secateur.optimize.samplers import Name, Sampler, sampler
 from secateur.optimize.spaces import Kind, Space, Values
 from secateur.ordering import sort_units
 from secateur.progress import progress
-from secateur.prune import cut_out, pack_units, unpack_units
+from secateur.prune import Weights, pack_units, taken, unpack_units
 from secateur.run import STRUCTURED_BUDGETS, USUAL_BUDGET, Job, Outcome
 from secateur.scores.fisher import fisher_scores
 from secateur.subnetwork import SubNetwork, UnitScores
@@ -47,12 +52,14 @@ class Searched:
         scores: of its units, in their order; None if they were not sorted.
         points: what was evaluated, each sub-network once.
         costs: what points are counted by.
+        weights: of points of the front that were trained by themselves, by their number.
     """
 
     model: PreTrainedModel
     scores: UnitScores | None
     points: list[Point]
     costs: dict[str, Cost]
+    weights: dict[int, Weights] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,8 +69,9 @@ class Nas:
     Attributes:
         space: "small": one number of layers, heads and neurons; "medium": heads and neurons of each layer; "layer":
             which layers stay; "large": which heads and neurons stay.
-        strategy: what a step of the super-network's training trains (`train.supernet.SuperNetwork`); with none nothing
-            is trained, for a model that is a super-network already.
+        strategy: what a step of the super-network's training trains (`train.supernet.SuperNetwork`); "alone" trains
+            candidates each by itself instead, the best for longer (`optimize.halving`), and none trains nothing, for a
+            model that is a super-network already.
         order: sort heads and neurons by their Fisher information first, so that the first ones are the best ones.
         sampler: who proposes candidates: "random", "local", "evolution", "nsga2", "tpe" or "gp".
         evaluations: candidates that are judged, each with those of its first layers alone, which cost no more.
@@ -82,7 +90,7 @@ class Nas:
     """
 
     space: Kind = "small"
-    strategy: Strategy | None = "one-shot"
+    strategy: Strategy | Literal["alone"] | None = "one-shot"
     order: bool = True
     sampler: Name = "local"
     evaluations: int = 100
@@ -109,6 +117,10 @@ class Nas:
         check_shares(self, "holdout", "dropout", below=True)
         if not self.temperature:
             raise SecateurError("nas: temperature is above 0.")
+        if self.strategy == "alone" and self.workers > 1:
+            raise SecateurError(
+                "nas: candidates that are trained alone are trained here, one by one: leave workers at 1."
+            )
 
     def run(self, job: Job) -> Outcome:
         """Sort, train the super-network, search it, cut out the best that meets the budget."""
@@ -122,12 +134,12 @@ class Nas:
                 f"None of {len(found.points)} sub-networks meets the budget (the nearest has {reached}): raise "
                 "evaluations, or allow more."
             )
-        edits = cut_out(found.model, best.sub)
-        full = SubNetwork.full(found.model)
-        counted = {"encoder_params": encoder_params(found.model).of(full), "bytes": file_bytes(found.model).of(full)}
+        model = taken(found.model, best, found.weights)
+        full = SubNetwork.full(model)
+        counted = {"encoder_params": encoder_params(model).of(full), "bytes": file_bytes(model).of(full)}
         names = {"latency": "latency_ms", "memory": "memory"}
         dear = {name: best.costs[kind] for kind, name in names.items() if kind in best.costs}
-        return Outcome(found.model, edits, best.sub, found.scores, job.costs(found.model) | counted | dear)
+        return Outcome(model, hub.edits_of(model), best.sub, found.scores, job.costs(model) | counted | dear)
 
     def search(self, job: Job, objectives: Sequence[str]) -> Searched:
         """Sort, train the super-network, and evaluate candidates that lessen some objectives within the job's limits.
@@ -143,12 +155,21 @@ class Nas:
         job = replace(job, task=task)
         model = copy.deepcopy(job.model)
         scores = self._sorted(model, job) if self.order else None
-        if self.strategy is not None:
+        if self.strategy is not None and self.strategy != "alone":
             model.load_state_dict(job.run.tensors("train", partial(self._train, model, job, space, self.strategy)))
             nn.Module.to(model, job.model.device)
         costs = self._costs(job, objectives)
-        points = self._searched(model.eval(), job, space, objectives, costs)
-        return Searched(model, scores, points, costs)
+        asked = sampler(
+            self.sampler,
+            space,
+            len(objectives),
+            seed=job.seed,
+            draw=self._draw(model, space),
+            limited=bool(job.constraints),
+        )
+        if self.strategy == "alone":
+            return Searched(model, scores, *self._each_trained(model.eval(), job, space, asked, objectives, costs))
+        return Searched(model, scores, self._searched(model.eval(), job, space, asked, objectives, costs), costs)
 
     def check(self, model: PreTrainedModel, limits: Sequence[Constraint], rows: int) -> dict[str, int]:
         """Raise what a run would, before it is begun; the steps of its training and the candidates it judges.
@@ -161,8 +182,10 @@ class Nas:
         space = Space.of(self.space, sites(model), self.multiple)
         sampler(self.sampler, space, 1 + len(limits))
         kept = rows - round(min(self.holdout * rows, MOST))
-        steps = -(-kept // self.batch_size) * self.epochs if self.strategy is not None else 0
-        return {"steps": steps, "evaluations": self.evaluations}
+        epochs = 0 if self.strategy is None else self.epochs
+        if self.strategy == "alone":
+            epochs = Halving(self.epochs).epochs(self.evaluations)
+        return {"steps": -(-kept // self.batch_size) * epochs, "evaluations": self.evaluations}
 
     def _sorted(self, model: PreTrainedModel, job: Job) -> UnitScores:
         """Sort the units of a copy of the job's model; their scores in the new order."""
@@ -185,18 +208,20 @@ class Nas:
             draw=lambda source: space.decode(draw(source)),
             seed=job.seed,
         )
-        settings = Settings(
+        return job.trained(model, self._settings(job.seed), [network], network.objective)
+
+    def _settings(self, seed: int) -> Settings:
+        return Settings(
             self.epochs,
             self.lr,
             self.batch_size,
             self.max_length,
             warmup=0.0,
             weight_decay=0.01,
-            seed=job.seed,
+            seed=seed,
             dropout=self.dropout,
             bf16=bf16_pays(),
         )
-        return job.trained(model, settings, [network], network.objective)
 
     def _draw(self, model: nn.Module, space: Space) -> Callable[[random.Random], Values]:
         """How a random point of the space is drawn."""
@@ -205,7 +230,13 @@ class Nas:
         return space.sample
 
     def _searched(
-        self, model: PreTrainedModel, job: Job, space: Space, objectives: Sequence[str], costs: dict[str, Cost]
+        self,
+        model: PreTrainedModel,
+        job: Job,
+        space: Space,
+        asked: Sampler,
+        objectives: Sequence[str],
+        costs: dict[str, Cost],
     ) -> list[Point]:
         """Every candidate with its error and its costs, and those of its first layers alone.
 
@@ -213,14 +244,6 @@ class Nas:
         """
         rows = batches(job.task, "validation", job.tokenizer, max_length=token_limit(job.tokenizer, model))
         limits = {limit.kind: limit.limit for limit in job.constraints}
-        asked = sampler(
-            self.sampler,
-            space,
-            len(objectives),
-            seed=job.seed,
-            draw=self._draw(model, space),
-            limited=bool(limits),
-        )
         points: dict[str, Point] = {}
         judge = Judge(model, job.task, rows)
         with ExitStack() as stack:
@@ -240,6 +263,49 @@ class Nas:
                     asked.tell(values, [point.of(name) for name in objectives], max(0.0, point.beyond(limits)))
                 advance(start + len(drawn), f"error {min(p.error for p in points.values()):.3f}")
         return sorted(points.values(), key=lambda point: point.number)
+
+    def _each_trained(
+        self,
+        model: PreTrainedModel,
+        job: Job,
+        space: Space,
+        asked: Sampler,
+        objectives: Sequence[str],
+        costs: dict[str, Cost],
+    ) -> tuple[list[Point], dict[str, Cost], dict[int, Weights]]:
+        """Every candidate trained by itself, the best of them for longer; the weights of those on the front."""
+        limits = {limit.kind: limit.limit for limit in job.constraints}
+        halving, points, numbers = Halving(self.epochs), dict[int, Point](), dict[str, int]()
+        count = 0
+        with ExitStack() as stack:
+            folder = Path(job.run.folder or stack.enter_context(TemporaryDirectory())) / "alone"
+            alone = Alone(model, job, self._settings(job.seed), folder)
+            advance = stack.enter_context(progress("training candidates", self.evaluations, show=job.show))
+            while (went := halving.promoted()) or count < self.evaluations:
+                values = None
+                if went is None:
+                    values, count = asked.ask(), count + 1
+                    sub = space.decode(values)
+                    number, rung = numbers.setdefault(sub.digest, len(numbers)), 0
+                else:
+                    number, rung = went
+                    sub = points[number].sub
+                if went is not None or number not in points:
+                    epochs = halving.rungs[rung]
+                    error = job.run.record(
+                        f"{sub.digest} {epochs}", partial(alone.error, sub, epochs), part_of="search"
+                    )
+                    counted = {kind: cost.of(sub) for kind, cost in costs.items()}
+                    points[number] = Point(number, sub, error, counted, job.run.seconds["search"])
+                found = [points[number].of(name) for name in objectives], max(0.0, points[number].beyond(limits))
+                if values is None or rung == 0:
+                    halving.tell(number, rung, *found)
+                if values is not None:
+                    asked.tell(values, *found)
+                advance(count, f"error {min(p.error for p in points.values()):.3f}")
+            kept = [point for point in points.values() if point.beyond(limits) <= 0]
+            weights: dict[int, Weights] = {p.number: alone.weights(p.sub) for p in front_of(kept, objectives)}
+        return [points[number] for number in sorted(points)], costs, weights
 
     @contextmanager
     def _judging(

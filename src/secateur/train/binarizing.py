@@ -86,6 +86,12 @@ class KeepBest(TrainerCallback):
         self.file = folder / BEST
         self.scores: dict[str, float] = {}
 
+    def kept(self) -> dict[str, float]:
+        """The score of every epoch so far, by its last step."""
+        notes = self.file.with_suffix(".json")
+        found: dict[str, float] = json.loads(notes.read_text()) if notes.is_file() else {}
+        return found
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -95,9 +101,7 @@ class KeepBest(TrainerCallback):
         **_: Any,
     ) -> None:
         """Forget the epochs that a killed run will see again; score the one after whose last step it was killed."""
-        notes = self.file.with_suffix(".json")
-        found = json.loads(notes.read_text()) if notes.is_file() else {}
-        self.scores = {step: score for step, score in found.items() if int(step) <= state.global_step}
+        self.scores = {step: score for step, score in self.kept().items() if int(step) <= state.global_step}
         epoch = state.max_steps / args.num_train_epochs
         if state.global_step and state.global_step % epoch == 0:
             self.on_epoch_end(args, state, control, model)
