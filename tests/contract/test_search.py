@@ -22,6 +22,7 @@ from secateur.gates import only
 from secateur.methods.nas import Nas
 from secateur.optimize.points import Point
 from secateur.report import render
+from secateur.report.front import keeps
 from secateur.subnetwork import SubNetwork
 from tests.conftest import ENCODERS, tiny_batch, tiny_model
 from tests.contract.test_families import logits
@@ -163,6 +164,17 @@ def test_the_command_line(tmp_path: Path, front: Front) -> None:
     assert page.exit_code == 0, page.output
     assert "sub-networks to choose from" in page.stdout
     assert f"secateur extract {folder} --point" in (tmp_path / "page.html").read_text()
+
+
+def test_what_a_point_keeps_in_words() -> None:
+    def words(heads: tuple[int, ...], neurons: tuple[int, ...]) -> str:
+        masks = [tuple(tuple(i < n for i in range(2000)) for n in counts) for counts in (heads, neurons)]
+        return keeps(Point(0, SubNetwork(*masks), 0.1, {}))
+
+    assert words((4, 4, 0), (1536, 1536, 0)) == "2 layers of 4 heads and 1,536 neurons"
+    assert words((1, 0), (1, 0)) == "1 layer of 1 head and 1 neuron"
+    assert words((4, 1), (0, 1200)) == "4 + 0; 1 + 1,200"
+    assert words((0,), (0,)) == "no layers"
 
 
 def test_a_page_shows_fronts_and_results_together(front: Front) -> None:

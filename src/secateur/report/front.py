@@ -153,8 +153,9 @@ def keeps(point: Point) -> str:
     if not there:
         return "no layers"
     if len(set(there)) == 1:
-        heads, neurons = there[0]
-        return f"{len(there)} layers of {heads} heads and {neurons:,} neurons"
+        counts = (len(there), "layer"), (there[0][0], "head"), (there[0][1], "neuron")
+        layers_of, heads, neurons = (f"{count:,} {what}{'' if count == 1 else 's'}" for count, what in counts)
+        return f"{layers_of} of {heads} and {neurons}"
     return "; ".join(f"{heads} + {neurons:,}" for heads, neurons in layers)
 
 
