@@ -1,5 +1,6 @@
-"""Fast inference of compressed models: kernels that are chosen by measuring them here."""
+"""Fast inference of compressed models: a native engine for encoders, and sparse kernels chosen by measuring them."""
 
 from secateur.runtime.choice import Choice, choose_kernels
+from secateur.runtime.engine import Engine, load
 
-__all__ = ["Choice", "choose_kernels"]
+__all__ = ["Choice", "Engine", "choose_kernels", "load"]

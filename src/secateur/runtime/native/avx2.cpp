@@ -1,0 +1,58 @@
+// The AVX2 tier: bytes are multiplied as |a| and sign(w, a), whose pairs never overflow 16 bits since both stay within 127.
+#define SEC_LANES 8
+#define SEC_ROWS 4
+#include "generic.h"
+
+namespace secateur {
+namespace {
+
+// R rows times 16 outputs.
+template <int R>
+SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int column, const Map& map,
+                           Activation activation, Rows to) {
+    const int8_t* panel = (const int8_t*)map.weights + (size_t)column * map.deep;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sums[R][2];
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (int k = 0; k < map.deep; k += 4) {
+        const __m256i low = _mm256_loadu_si256((const __m256i*)(panel + (size_t)k * 16));
+        const __m256i high = _mm256_loadu_si256((const __m256i*)(panel + (size_t)k * 16 + 32));
+        for (int r = 0; r < R; r++) {
+            int32_t four;
+            memcpy(&four, input + (size_t)(row + r) * map.deep + k, 4);
+            const __m256i x = _mm256_set1_epi32(four), size = _mm256_abs_epi8(x);
+            const __m256i a = _mm256_maddubs_epi16(size, _mm256_sign_epi8(low, x));
+            const __m256i b = _mm256_maddubs_epi16(size, _mm256_sign_epi8(high, x));
+            sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(a, ones));
+            sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(b, ones));
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        int32_t held[16];
+        memcpy(held, sums[r], sizeof held);
+        finish_whole(held, scale[row + r], row + r, column, map, activation, to);
+    }
+}
+
+static void int8_product(const void* input, const float* scale, int rows, const Map& map, Activation activation, Rows to,
+                         int threads) {
+#pragma omp parallel for schedule(dynamic, 2) num_threads(threads) if (threads > 1)
+    for (int column = 0; column < map.wide; column += 16) {
+        int row = 0;
+        for (; row + 4 <= rows; row += 4) int8_panel<4>((const int8_t*)input, scale, row, column, map, activation, to);
+        for (; row < rows; row++) int8_panel<1>((const int8_t*)input, scale, row, column, map, activation, to);
+    }
+}
+
+static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
+                    Activation activation, Rows to, int threads) {
+    if (precision == INT8) return int8_product(input, scale, rows, map, activation, to, threads);
+    (precision == BF16 ? float_product<uint16_t> : float_product<float>)(input, rows, map, activation, to, threads);
+}
+
+}  // namespace
+
+const Kernels avx2_kernels = {"avx2",          generic_attention_scratch, generic_packed_bytes, generic_pack,
+                              generic_prepare, product,                   generic_attention,    generic_add_norm};
+
+}  // namespace secateur

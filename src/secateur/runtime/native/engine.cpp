@@ -1,0 +1,305 @@
+// The encoder: packed weights of every layer, and the passes over a ragged batch. Knows no instructions of its own.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "secateur.h"
+
+#if defined(SEC_AVX2) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace secateur {
+namespace {
+
+constexpr int CHUNK = 256;  // tokens of whole examples that go through the layers together, so that they stay in cache
+
+struct Freed {
+    void operator()(void* p) const { free(p); }
+};
+using Memory = std::unique_ptr<char, Freed>;
+
+Memory allocate(size_t bytes) {
+    void* found = aligned_alloc(64, (bytes + SLACK + 63) / 64 * 64);
+    if (found == nullptr) throw std::bad_alloc();
+    return Memory(static_cast<char*>(found));
+}
+
+// --- which tiers there are -----------------------------------------------------------------------------------------
+
+enum Tier { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
+
+#if defined(SEC_AVX2) && defined(__linux__)
+unsigned long long enabled_state() {
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (unsigned long long)high << 32 | low;
+}
+
+Tier best_tier() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1) || !(c >> 12 & 1)) return PORTABLE;  // OSXSAVE, FMA
+    const unsigned long long state = enabled_state();
+    if ((state & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return PORTABLE;
+#ifdef SEC_AVX512
+    const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    if ((state & 0xe6) != 0xe6 || (b & wide) != wide || !(c >> 11 & 1)) return AVX2;
+#ifdef SEC_AMX
+    if ((d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1)) {  // AMX: bf16, tiles, int8
+        const long request = 0x1023, tiles = 18;            // ARCH_REQ_XCOMP_PERM, XTILEDATA
+        const bool halves = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+        if (halves && syscall(SYS_arch_prctl, request, tiles) == 0) return AMX;
+    }
+#endif
+    return AVX512;
+#else
+    return AVX2;
+#endif
+}
+#else
+Tier best_tier() { return PORTABLE; }
+#endif
+
+const Kernels& kernels_of(int tier) {
+    switch (tier) {
+#ifdef SEC_AMX
+        case AMX: return amx_kernels;
+#endif
+#ifdef SEC_AVX512
+        case AVX512: return avx512_kernels;
+#endif
+#ifdef SEC_AVX2
+        case AVX2: return avx2_kernels;
+#endif
+        default: return portable_kernels;
+    }
+}
+
+// --- an encoder ----------------------------------------------------------------------------------------------------
+
+struct Norm {
+    std::vector<float> gain, shift;
+    float epsilon = 0;
+};
+
+struct Layer {
+    sec_layer given;
+    Map qkv, out, up, down;
+    Norm after_attention, after_feed_forward;
+    std::vector<float> relative;
+};
+
+// What one pass needs; kept for the next one.
+struct Workspace {
+    size_t tokens = 0, longest = 0;
+    int threads = 0;
+    Memory input, scale, wide, context, narrow, scratch;
+};
+
+}  // namespace
+}  // namespace secateur
+
+using namespace secateur;
+
+struct sec_encoder {
+    sec_config config;
+    int tier;
+    const Kernels* kernels;
+    std::vector<Layer> layers;
+    std::vector<Memory> held;
+    int64_t bytes = 0;
+    int widest = 0, deepest = 0, widest_context = 0, widest_head = 0;
+    std::mutex lock;
+    std::vector<std::unique_ptr<Workspace>> spare;
+
+    Precision precision() const { return (Precision)config.precision; }
+    bool half() const { return config.precision != FP32; }
+    size_t entry() const { return half() ? 2 : 4; }
+
+    Map packed(const sec_map& given) {
+        Map map;
+        map.out = given.out;
+        map.in = given.in;
+        map.wide = up_to(given.out, WIDE);
+        map.deep = precision() == FP32 ? up_to(given.in, 16) : up_to(given.in, DEPTH);
+        map.bytes = kernels->packed_bytes(precision(), map.wide, map.deep);
+        map.bias = (float*)hold((size_t)map.wide * sizeof(float));
+        memset(map.bias, 0, (size_t)map.wide * sizeof(float));
+        if (given.bias != nullptr) memcpy(map.bias, given.bias, (size_t)given.out * sizeof(float));
+        map.scale = (float*)hold((size_t)map.wide * sizeof(float));
+        map.sums = (int32_t*)hold((size_t)map.wide * sizeof(int32_t));
+        if (map.deep > 0) {
+            map.weights = hold(map.bytes);
+            kernels->pack(precision(), given.weight, map);
+        }
+        widest = most(widest, map.wide);
+        deepest = most(deepest, map.deep);
+        return map;
+    }
+
+    void* hold(size_t size) {
+        held.push_back(allocate(size));
+        bytes += (int64_t)size;
+        return held.back().get();
+    }
+
+    Norm norm_of(const sec_norm& given) const {
+        if (given.gain == nullptr) return {};
+        return {{given.gain, given.gain + config.hidden}, {given.shift, given.shift + config.hidden}, given.epsilon};
+    }
+
+    void add(const sec_layer& given) {
+        Layer layer{given, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {}};
+        if (!given.skip_attention) {
+            if (given.heads > 0) layer.qkv = packed(given.qkv);
+            layer.out = packed(given.out);
+        }
+        if (!given.skip_feed_forward) {
+            if (given.neurons > 0) layer.up = packed(given.up);
+            layer.down = packed(given.down);
+        }
+        if (given.relative != nullptr)
+            layer.relative.assign(given.relative, given.relative + (size_t)given.heads * (2 * config.reach + 1));
+        widest_context = most(widest_context, up_to(given.heads * given.head_width, 16));
+        widest_head = most(widest_head, given.head_width);
+        layers.push_back(std::move(layer));
+    }
+
+    std::unique_ptr<Workspace> workspace(size_t tokens, size_t longest, int threads) {
+        std::unique_ptr<Workspace> found;
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            if (!spare.empty()) found = std::move(spare.back()), spare.pop_back();
+        }
+        if (found == nullptr) found = std::make_unique<Workspace>();
+        if (found->tokens >= tokens && found->longest >= longest && found->threads >= threads) return found;
+        const size_t rows = up_to((int)tokens, BLOCK) + BLOCK;
+        const size_t each = kernels->attention_scratch(most(widest_head, 1), (int)longest);
+        Workspace fresh;
+        fresh.tokens = tokens;
+        fresh.longest = longest;
+        fresh.threads = threads;
+        fresh.input = allocate(rows * deepest * (config.precision == INT8 ? 1 : entry()));
+        fresh.scale = allocate(rows * sizeof(float));
+        fresh.wide = allocate(rows * widest * entry());
+        fresh.context = allocate(rows * widest_context * entry());
+        fresh.narrow = allocate(rows * up_to(config.hidden, WIDE) * entry());
+        fresh.scratch = allocate(each * threads * sizeof(float));
+        *found = std::move(fresh);
+        return found;
+    }
+
+    void run(float* x, const int32_t* starts, int examples, int threads, Workspace& work) const {
+        const int rows = starts[examples], hidden = config.hidden;
+        void* input = work.input.get();
+        float* scale = (float*)work.scale.get();
+        const Rows stream{x, hidden, false};
+        const Rows narrow{work.narrow.get(), up_to(hidden, WIDE), half()};
+        auto through = [&](const Map& map, Rows from, Activation activation, Rows to) {
+            kernels->prepare(precision(), from, rows, map, input, scale, threads);
+            kernels->product(precision(), input, scale, rows, map, activation, to, threads);
+        };
+        auto settle = [&](const Norm& norm, const Rows* y, const float* bias) {
+            kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, threads);
+        };
+        for (const Layer& layer : layers) {
+            const sec_layer& given = layer.given;
+            if (!given.skip_attention && given.heads > 0) {
+                const Rows qkv{work.wide.get(), layer.qkv.wide, half()};
+                const Rows context{work.context.get(), up_to(given.heads * given.head_width, 16), half()};
+                const size_t each = kernels->attention_scratch(given.head_width, (int)work.longest);
+                const Attention what{given.heads, given.head_width, examples, config.reach, given.scaling,
+                                     layer.relative.empty() ? nullptr : layer.relative.data(), starts,
+                                     (float*)work.scratch.get(), each};
+                through(layer.qkv, stream, NONE, qkv);
+                kernels->attention(qkv, what, context, threads);
+                through(layer.out, context, NONE, narrow);
+                settle(layer.after_attention, &narrow, nullptr);
+            } else if (!given.skip_attention) {
+                settle(layer.after_attention, nullptr, layer.out.bias);
+            }
+            if (!given.skip_feed_forward && given.neurons > 0) {
+                const Rows neurons{work.wide.get(), layer.up.wide, half()};
+                through(layer.up, stream, (Activation)config.activation, neurons);
+                through(layer.down, neurons, NONE, narrow);
+                settle(layer.after_feed_forward, &narrow, nullptr);
+            } else if (!given.skip_feed_forward) {
+                settle(layer.after_feed_forward, nullptr, layer.down.bias);
+            }
+        }
+    }
+};
+
+extern "C" {
+
+int32_t sec_version(void) { return 1; }
+
+int32_t sec_best_tier(void) {
+    static const int32_t best = best_tier();
+    return best;
+}
+
+sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* why, int32_t size) {
+    auto refuse = [&](const char* reason) {
+        snprintf(why, size, "%s", reason);
+        return nullptr;
+    };
+    if (config->hidden < 1 || config->hidden % 16 != 0) return refuse("the hidden size is not a multiple of 16");
+    if (config->precision < 0 || config->precision > 2) return refuse("unknown precision");
+    if (config->activation < 1 || config->activation > 3) return refuse("unknown activation");
+    if (config->tier > sec_best_tier()) return refuse("this machine or this build has not that tier");
+    try {
+        auto made = std::make_unique<sec_encoder>();
+        made->config = *config;
+        made->tier = config->tier < 0 ? sec_best_tier() : config->tier;
+        made->kernels = &kernels_of(made->tier);
+        for (int i = 0; i < config->layers; i++) made->add(layers[i]);
+        return made.release();
+    } catch (const std::bad_alloc&) {
+        return refuse("not enough memory");
+    }
+}
+
+void sec_close(sec_encoder* encoder) { delete encoder; }
+int32_t sec_tier(const sec_encoder* encoder) { return encoder->tier; }
+int64_t sec_bytes(const sec_encoder* encoder) { return encoder->bytes; }
+
+int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads) {
+    try {
+        size_t longest = 0, most_tokens = 0;
+        std::vector<int32_t> ends;  // of chunks, in examples
+        for (int32_t begin = 0; begin < examples;) {
+            int32_t end = begin + 1;
+            while (end < examples && starts[end + 1] - starts[begin] <= CHUNK) end++;
+            most_tokens = most((int)most_tokens, starts[end] - starts[begin]);
+            ends.push_back(end);
+            begin = end;
+        }
+        for (int32_t i = 0; i < examples; i++) longest = most((int)longest, starts[i + 1] - starts[i]);
+        if (most_tokens == 0) return 0;
+        auto work = encoder->workspace(most_tokens, longest, threads);
+        std::vector<int32_t> from_here;
+        int32_t begin = 0;
+        for (int32_t end : ends) {
+            from_here.assign(starts + begin, starts + end + 1);
+            for (int32_t& start : from_here) start -= starts[begin];
+            encoder->run(x + (size_t)starts[begin] * encoder->config.hidden, from_here.data(), end - begin, threads, *work);
+            begin = end;
+        }
+        std::lock_guard<std::mutex> guard(encoder->lock);
+        encoder->spare.push_back(std::move(work));
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,403 @@
+// Kernels in the compiler's own vectors; a tier replaces what it can do better. Included once by each tier, which says how
+// many floats its registers hold (SEC_LANES) and how many rows a product takes at a time (SEC_ROWS).
+#include <math.h>
+#include <string.h>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_thread_num() { return 0; }
+#endif
+
+#include "kernels.h"
+
+namespace secateur {
+namespace {
+
+constexpr int LANES = SEC_LANES;
+constexpr int PANEL = 2 * LANES;  // outputs of a product in floats that are packed side by side
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+#define SEC_INLINE static inline __attribute__((always_inline))
+
+SEC_INLINE vf splat(float x) { return x - vf{}; }
+SEC_INLINE vf load(const float* p) { return *(const vf*)p; }
+SEC_INLINE vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+SEC_INLINE void store(float* p, vf x) { *(vf*)p = x; }
+SEC_INLINE void store(uint16_t* p, vf x) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    return;
+#endif
+    vu bits = (vu)x;
+    bits += 0x7fff + ((bits >> 16) & 1);
+    *(vh*)p = __builtin_convertvector(bits >> 16, vh);
+}
+SEC_INLINE float one(const float* p) { return *p; }
+SEC_INLINE float one(const uint16_t* p) {
+    uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+SEC_INLINE void put(float* p, float x) { *p = x; }
+SEC_INLINE void put(uint16_t* p, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *p = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+SEC_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+SEC_INLINE vf smaller(vf a, vf b) { return a < b ? a : b; }
+SEC_INLINE vf absolute(vf a) { return (vf)((vi)a & 0x7fffffff); }
+SEC_INLINE vf nearest(vf a) {  // ties to even, for |a| below 2^22
+    const vf magic = splat(12582912.0f);
+    return (a + magic) - magic;
+}
+SEC_INLINE float total(vf a) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += a[i];
+    return sum;
+}
+SEC_INLINE float highest(vf a) {
+    float found = a[0];
+    for (int i = 1; i < LANES; i++) found = a[i] > found ? a[i] : found;
+    return found;
+}
+
+// e^x by 2^n 2^f with a polynomial in f; relative error below 3e-7, 0 below -87.
+SEC_INLINE vf exponential(vf x) {
+    vf inside = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+    vf n = nearest(inside * 1.44269504f);
+    vf f = inside - n * 0.693359375f;
+    f = f + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+    vf found = p * (vf)power;
+    return x < splat(-87.0f) ? vf{} : found;
+}
+
+// x Φ(x), Φ by Abramowitz and Stegun 7.1.26: absolute error of the error function below 2e-7.
+SEC_INLINE vf gelu(vf x) {
+    vf z = absolute(x) * 0.70710678118f;
+    vf t = 1.0f / (1.0f + z * 0.3275911f);
+    vf p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vf tail = p * t * exponential(-z * z);  // 1 - erf z
+    vf cumulative = x < vf{} ? 0.5f * tail : 1.0f - 0.5f * tail;
+    return x * cumulative;
+}
+
+SEC_INLINE vf gelu_tanh(vf x) {
+    vf u = x * (1.5957691216f + 0.0713548162726f * x * x);
+    return x / (1.0f + exponential(-u));
+}
+
+SEC_INLINE vf activated(vf x, Activation kind) {
+    switch (kind) {
+        case GELU: return gelu(x);
+        case RELU: return larger(x, vf{});
+        case GELU_TANH: return gelu_tanh(x);
+        default: return x;
+    }
+}
+
+// --- packing -------------------------------------------------------------------------------------------------------
+
+static size_t generic_packed_bytes(Precision precision, int wide, int deep) {
+    return (size_t)wide * deep * (precision == FP32 ? 4 : precision == BF16 ? 2 : 1);
+}
+
+static float weight_at(const float* weight, const Map& map, int out, int in) {
+    return out < map.out && in < map.in ? weight[(size_t)out * map.in + in] : 0.0f;
+}
+
+// int8: a scale for each output, panels of 16 outputs, steps of four inputs side by side: what VNNI and AMX read.
+static void pack_int8(const float* weight, Map& map) {
+    int8_t* to = (int8_t*)map.weights;
+    for (int n = 0; n < map.wide; n++) {
+        float high = 0;
+        for (int k = 0; k < map.in; k++) {
+            float size = fabsf(weight_at(weight, map, n, k));
+            high = size > high ? size : high;
+        }
+        map.scale[n] = high / 127;
+        float factor = high > 0 ? 127 / high : 0;
+        map.sums[n] = 0;
+        for (int k = 0; k < map.deep; k++) {
+            int8_t level = (int8_t)lrintf(weight_at(weight, map, n, k) * factor);
+            map.sums[n] += level;
+            to[(((size_t)(n / 16) * (map.deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4] = level;
+        }
+    }
+}
+
+// fp32 and bf16: panels of outputs, input after input.
+[[maybe_unused]] static void generic_pack(Precision precision, const float* weight, Map& map) {
+    if (precision == INT8) return pack_int8(weight, map);
+    for (int n = 0; n < map.wide; n++)
+        for (int k = 0; k < map.deep; k++) {
+            size_t at = ((size_t)(n / PANEL) * map.deep + k) * PANEL + n % PANEL;
+            float value = weight_at(weight, map, n, k);
+            if (precision == FP32)
+                ((float*)map.weights)[at] = value;
+            else
+                put((uint16_t*)map.weights + at, value);
+        }
+}
+
+// --- rows into what a product reads --------------------------------------------------------------------------------
+
+template <class From>
+SEC_INLINE float largest(const From* from, int count) {
+    vf high = {};
+    int k = 0;
+    for (; k + LANES <= count; k += LANES) high = larger(high, absolute(load(from + k)));
+    float found = highest(high);
+    for (; k < count; k++) found = fabsf(one(from + k)) > found ? fabsf(one(from + k)) : found;
+    return found;
+}
+
+// Levels of a row; `at` says where those from k on go.
+template <class From, class Place>
+SEC_INLINE void quantise(const From* from, int count, int deep, float factor, int offset, Place at) {
+    for (int k = 0; k < deep; k += LANES) {
+        float held[LANES] = {};
+        vf x;
+        if (k + LANES <= count) {
+            x = load(from + k);
+        } else {
+            for (int i = k; i < count; i++) held[i - k] = one(from + i);
+            x = load(held);
+        }
+        vi levels = __builtin_convertvector(nearest(x * factor), vi) + offset;
+        *(vb*)at(k) = __builtin_convertvector(levels, vb);
+    }
+}
+
+template <class From>
+static void prepare_rows(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
+                         int offset, int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        const From* row = (const From*)from.data + (size_t)m * from.stride;
+        if (precision == INT8) {
+            float high = largest(row, map.in);
+            scale[m] = high / 127;
+            int8_t* to = (int8_t*)input + (size_t)m * map.deep;
+            quantise(row, map.in, map.deep, high > 0 ? 127 / high : 0, offset, [&](int k) { return to + k; });
+        } else if (precision == BF16) {
+            uint16_t* to = (uint16_t*)input + (size_t)m * map.deep;
+            int k = 0;
+            for (; k + LANES <= map.in; k += LANES) store(to + k, load(row + k));
+            for (; k < map.in; k++) put(to + k, one(row + k));
+            for (; k < map.deep; k++) to[k] = 0;
+        } else {
+            float* to = (float*)input + (size_t)m * map.deep;
+            int k = 0;
+            for (; k + LANES <= map.in; k += LANES) store(to + k, load(row + k));
+            for (; k < map.in; k++) to[k] = one(row + k);
+            for (; k < map.deep; k++) to[k] = 0;
+        }
+    }
+}
+
+[[maybe_unused]] static void generic_prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
+                            int threads) {
+    (from.half ? prepare_rows<uint16_t> : prepare_rows<float>)(precision, from, rows, map, input, scale, 0, threads);
+}
+
+// --- products ------------------------------------------------------------------------------------------------------
+
+SEC_INLINE void finish(Rows to, int row, int column, vf value, Activation activation) {
+    value = activated(value, activation);
+    if (to.half)
+        store((uint16_t*)to.data + (size_t)row * to.stride + column, value);
+    else
+        store((float*)to.data + (size_t)row * to.stride + column, value);
+}
+
+// R rows times a panel of outputs.
+template <int R, class Value>
+SEC_INLINE void float_panel(const Value* input, const Value* panel, int row, int column, const Map& map,
+                            Activation activation, Rows to) {
+    vf sums[R][2];
+    for (int r = 0; r < R; r++) sums[r][0] = load(map.bias + column), sums[r][1] = load(map.bias + column + LANES);
+    const Value* from = input + (size_t)row * map.deep;
+    for (int k = 0; k < map.deep; k++) {
+        vf low = load(panel + (size_t)k * PANEL), high = load(panel + (size_t)k * PANEL + LANES);
+        for (int r = 0; r < R; r++) {
+            vf x = splat(one(from + (size_t)r * map.deep + k));
+            sums[r][0] += x * low;
+            sums[r][1] += x * high;
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        finish(to, row + r, column, sums[r][0], activation);
+        finish(to, row + r, column + LANES, sums[r][1], activation);
+    }
+}
+
+template <class Value>
+[[maybe_unused]] static void float_product(const void* input, int rows, const Map& map, Activation activation, Rows to, int threads) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int column = 0; column < map.wide; column += PANEL) {
+        const Value* panel = (const Value*)map.weights + (size_t)column * map.deep;
+        int row = 0;
+        for (; row + SEC_ROWS <= rows; row += SEC_ROWS)
+            float_panel<SEC_ROWS, Value>((const Value*)input, panel, row, column, map, activation, to);
+        for (; row < rows; row++) float_panel<1, Value>((const Value*)input, panel, row, column, map, activation, to);
+    }
+}
+
+// 16 sums of int8 products of a row, with scales and bias.
+SEC_INLINE void finish_whole(const int32_t* sums, float scale, int row, int column, const Map& map,
+                             Activation activation, Rows to) {
+    for (int n = 0; n < 16; n += LANES) {
+        const int at = column + n;
+        vf value = __builtin_convertvector(*(const vi*)(sums + n), vf) * (load(map.scale + at) * scale);
+        finish(to, row, at, value + load(map.bias + at), activation);
+    }
+}
+
+// --- attention -----------------------------------------------------------------------------------------------------
+
+template <class Value>
+struct AttentionRun {
+    Rows qkv, to;
+    const Attention& what;
+
+    // One head of one example; `scratch` holds the keys, turned, and four rows of probabilities.
+    void head(int example, int h, float* scratch) const {
+        const int first = what.starts[example], tokens = what.starts[example + 1] - first;
+        const int width = what.width, padded = up_to(tokens, LANES), all = what.heads * width;
+        const Value* queries = (const Value*)qkv.data + (size_t)first * qkv.stride + h * width;
+        const Value *keys = queries + all, *values = keys + all;
+        float *turned = scratch, *rows = scratch + (size_t)width * padded;
+        for (int j = 0; j < tokens; j++)
+            for (int d = 0; d < width; d++) turned[(size_t)d * padded + j] = one(keys + (size_t)j * qkv.stride + d);
+        for (int d = 0; d < width; d++)
+            for (int j = tokens; j < padded; j++) turned[(size_t)d * padded + j] = 0;
+        for (int i = 0; i < tokens; i += 4) {
+            const int count = least(4, tokens - i);
+            float inverse[4];
+            for (int j = 0; j < padded; j += LANES) {
+                vf sums[4] = {};
+                for (int d = 0; d < width; d++) {
+                    vf key = load(turned + (size_t)d * padded + j);
+                    for (int r = 0; r < 4; r++)
+                        sums[r] += key * one(queries + (size_t)(i + least(r, count - 1)) * qkv.stride + d);
+                }
+                for (int r = 0; r < 4; r++) store(rows + (size_t)r * padded + j, sums[r] * what.scaling);
+            }
+            for (int r = 0; r < count; r++) inverse[r] = softmax(rows + (size_t)r * padded, tokens, padded, h, i + r);
+            for (int c = 0; c < width; c += LANES) {
+                vf sums[4] = {};
+                for (int j = 0; j < tokens; j++) {
+                    vf value = load(values + (size_t)j * qkv.stride + c);  // may read on into the slack
+                    for (int r = 0; r < 4; r++) sums[r] += value * rows[(size_t)r * padded + j];
+                }
+                for (int r = 0; r < count; r++) {
+                    vf found = sums[r] * inverse[r];
+                    Value* out = (Value*)to.data + (size_t)(first + i + r) * to.stride + h * width + c;
+                    if (c + LANES <= width)
+                        store(out, found);
+                    else
+                        for (int d = 0; d < width - c; d++) put(out + d, found[d]);
+                }
+            }
+        }
+    }
+
+    // Exponentials in place, 0 behind the last token; the inverse of their sum.
+    float softmax(float* row, int tokens, int padded, int h, int query) const {
+        if (what.relative != nullptr) {
+            const float* bias = what.relative + (size_t)h * (2 * what.reach + 1);
+            for (int j = 0; j < tokens; j++) {
+                int apart = j - query;
+                apart = apart < -what.reach ? -what.reach : apart > what.reach ? what.reach : apart;
+                row[j] += bias[apart + what.reach];
+            }
+        }
+        for (int j = tokens; j < padded; j++) row[j] = -INFINITY;
+        vf high = splat(-INFINITY);
+        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
+        const float top = highest(high);
+        vf sum = {};
+        for (int j = 0; j < padded; j += LANES) {
+            vf found = exponential(load(row + j) - top);
+            store(row + j, found);
+            sum += found;
+        }
+        return 1.0f / total(sum);
+    }
+};
+
+static size_t generic_attention_scratch(int width, int tokens) {
+    return (size_t)(width + 4) * up_to(tokens, LANES) + 4 * LANES;
+}
+
+template <class Value>
+static void attend(Rows qkv, const Attention& what, Rows to, int threads) {
+    const AttentionRun<Value> run{qkv, to, what};
+    const int jobs = what.examples * what.heads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int job = 0; job < jobs; job++)
+        run.head(job / what.heads, job % what.heads, what.scratch + what.scratch_each * omp_get_thread_num());
+}
+
+static void generic_attention(Rows qkv, const Attention& what, Rows to, int threads) {
+    (qkv.half ? attend<uint16_t> : attend<float>)(qkv, what, to, threads);
+}
+
+// --- residual sums and norms ---------------------------------------------------------------------------------------
+
+template <class Value>
+SEC_INLINE void norm_row(float* x, const Value* y, const float* bias, int hidden, const float* gain, const float* shift,
+                         float epsilon) {
+    vf sum = {};
+    for (int k = 0; k < hidden; k += LANES) {
+        vf added = load(x + k) + (y != nullptr ? load(y + k) : bias != nullptr ? load(bias + k) : vf{});
+        store(x + k, added);
+        sum += added;
+    }
+    const float mean = total(sum) / hidden;
+    vf squares = {};
+    for (int k = 0; k < hidden; k += LANES) {
+        vf apart = load(x + k) - mean;
+        squares += apart * apart;
+    }
+    const float inverse = 1.0f / sqrtf(total(squares) / hidden + epsilon);
+    for (int k = 0; k < hidden; k += LANES)
+        store(x + k, (load(x + k) - mean) * inverse * load(gain + k) + load(shift + k));
+}
+
+static void generic_add_norm(float* x, const Rows* y, const float* bias, int rows, int hidden, const float* gain,
+                             const float* shift, float epsilon, int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        float* row = x + (size_t)m * hidden;
+        if (y != nullptr && y->half)
+            norm_row(row, (const uint16_t*)y->data + (size_t)m * y->stride, bias, hidden, gain, shift, epsilon);
+        else
+            norm_row(row, y ? (const float*)y->data + (size_t)m * y->stride : nullptr, bias, hidden, gain, shift, epsilon);
+    }
+}
+
+}  // namespace
+}  // namespace secateur

@@ -1,0 +1,67 @@
+// What a tier of instructions provides. Tiers are compiled with flags of their own: nothing of the standard library that
+// a linker could merge is used in them.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace secateur {
+
+enum Precision : int { FP32 = 0, BF16 = 1, INT8 = 2 };
+enum Activation : int { NONE = 0, GELU = 1, RELU = 2, GELU_TANH = 3 };
+
+constexpr int WIDE = 32;    // what outputs are padded to
+constexpr int DEPTH = 64;   // what inputs are padded to
+constexpr int BLOCK = 32;   // what rows of buffers are padded to
+constexpr int SLACK = 256;  // bytes that may be read beyond a buffer
+
+static inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+static inline int least(int a, int b) { return a < b ? a : b; }
+static inline int most(int a, int b) { return a > b ? a : b; }
+
+// A packed linear map. Outputs beyond `out` have weight and bias 0.
+struct Map {
+    int out = 0, in = 0;              // as given
+    int wide = 0, deep = 0;           // padded
+    void* weights = nullptr;          // in the order of the tier
+    float* bias = nullptr;            // wide
+    float* scale = nullptr;           // wide: of int8 weights
+    int32_t* sums = nullptr;          // wide: of int8 weights
+    size_t bytes = 0;
+};
+
+// Rows of intermediate results: floats, or their upper halves (bfloat16) where products are not in fp32.
+struct Rows {
+    void* data;
+    int stride;  // entries
+    bool half;
+};
+
+struct Attention {
+    int heads, width, examples, reach;
+    float scaling;
+    const float* relative;
+    const int32_t* starts;
+    float* scratch;       // of every thread
+    size_t scratch_each;  // floats
+};
+
+struct Kernels {
+    const char* name;
+    size_t (*attention_scratch)(int width, int tokens);  // floats that one thread needs
+    size_t (*packed_bytes)(Precision precision, int wide, int deep);
+    void (*pack)(Precision precision, const float* weight, Map& map);
+    // Rows as a product reads them: `input` has rows x map.deep entries of the precision, `scale` one for each row.
+    void (*prepare)(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads);
+    void (*product)(Precision precision, const void* input, const float* scale, int rows, const Map& map,
+                    Activation activation, Rows to, int threads);
+    // qkv: queries, keys and values side by side, each heads x width.
+    void (*attention)(Rows qkv, const Attention& what, Rows to, int threads);
+    // x = norm(x + y), or x + bias where there is no y.
+    void (*add_norm)(float* x, const Rows* y, const float* bias, int rows, int hidden, const float* gain,
+                     const float* shift, float epsilon, int threads);
+};
+
+extern const Kernels portable_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, amx_kernels;  // where the build has them: SEC_AVX2 and so on
+
+}  // namespace secateur

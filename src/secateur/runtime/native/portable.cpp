@@ -1,0 +1,36 @@
+// The portable tier: the compiler's vectors and plain loops.
+#define SEC_LANES 4
+#define SEC_ROWS 4
+#include "generic.h"
+
+namespace secateur {
+namespace {
+
+static void int8_product(const void* input, const float* scale, int rows, const Map& map, Activation activation, Rows to,
+                         int threads) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int column = 0; column < map.wide; column += 16) {
+        const int8_t* panel = (const int8_t*)map.weights + (size_t)column * map.deep;
+        for (int row = 0; row < rows; row++) {
+            const int8_t* from = (const int8_t*)input + (size_t)row * map.deep;
+            int32_t sums[16] = {};
+            for (int k = 0; k < map.deep; k += 4)
+                for (int n = 0; n < 16; n++)
+                    for (int q = 0; q < 4; q++) sums[n] += (int16_t)from[k + q] * (int16_t)panel[((size_t)k / 4 * 16 + n) * 4 + q];
+            finish_whole(sums, scale[row], row, column, map, activation, to);
+        }
+    }
+}
+
+static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
+                    Activation activation, Rows to, int threads) {
+    if (precision == INT8) return int8_product(input, scale, rows, map, activation, to, threads);
+    (precision == BF16 ? float_product<uint16_t> : float_product<float>)(input, rows, map, activation, to, threads);
+}
+
+}  // namespace
+
+const Kernels portable_kernels = {"portable",       generic_attention_scratch, generic_packed_bytes, generic_pack,
+                                  generic_prepare,  product,                   generic_attention,    generic_add_norm};
+
+}  // namespace secateur

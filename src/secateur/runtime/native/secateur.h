@@ -1,0 +1,59 @@
+// The C interface of the native runtime: an encoder that is given float weights once, packs them, and runs ragged batches.
+#pragma once
+#include <stdint.h>
+
+#define SEC_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct sec_encoder sec_encoder;
+
+// A linear map y = W x + b; rows of `weight` are outputs. No weight: the map is not there.
+typedef struct {
+    const float* weight;  // out x in
+    const float* bias;    // out, or null
+    int32_t out, in;
+} sec_map;
+
+typedef struct {
+    const float* gain;
+    const float* shift;
+    float epsilon;
+} sec_norm;
+
+// A layer whose norms follow the residual sums. A block that is skipped is the identity, its norm included; a block
+// without units still adds its output map's bias and is normalised.
+typedef struct {
+    int32_t heads, head_width, neurons;
+    int32_t skip_attention, skip_feed_forward;
+    float scaling;          // of the products of queries and keys
+    const float* relative;  // heads x (2 reach + 1): added to scores by (key - query), or null
+    sec_map qkv, out, up, down;
+    sec_norm after_attention, after_feed_forward;
+} sec_layer;
+
+typedef struct {
+    int32_t hidden, layers;
+    int32_t activation;  // 1 GELU, 2 ReLU, 3 GELU by tanh
+    int32_t precision;   // 0 fp32, 1 bf16, 2 int8
+    int32_t tier;        // 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 AMX; -1 the best of this machine
+    int32_t reach;       // of relative positions
+} sec_config;
+
+SEC_API int32_t sec_version(void);
+// The best tier that this build and this machine have.
+SEC_API int32_t sec_best_tier(void);
+// Null, with a reason in `why` (of `size` bytes), where the encoder cannot be made.
+SEC_API sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* why, int32_t size);
+SEC_API void sec_close(sec_encoder* encoder);
+SEC_API int32_t sec_tier(const sec_encoder* encoder);
+SEC_API int64_t sec_bytes(const sec_encoder* encoder);
+// x: embeddings in, hidden states out, tokens x hidden; example i has the tokens starts[i] to starts[i + 1].
+// 0, or 1 where memory is short. Several threads may run one encoder at a time.
+SEC_API int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,218 @@
+"""What an encoder computes, as tensors: the neutral form between a transformers model and an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.edits import Bypass, Slice
+from secateur.errors import UnsupportedModel
+from secateur.families import Site, sites
+from secateur.hub import edits_of
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "relu": "relu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""Activations of the feed-forward blocks, by the name in a config."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A linear map, or the gain and shift of a norm.
+
+    Attributes:
+        weight: (out, in), or (width,) of a norm.
+        bias: (out,); None if there is none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer whose norms follow the residual sums.
+
+    Attributes:
+        heads: attention heads left.
+        width: entries of a head.
+        qkv: queries, keys and values one below the other; None without heads.
+        out: the attention block's output map; None if the block is bypassed.
+        neurons: left in the feed-forward block.
+        up: into the neurons; None without neurons.
+        down: out of them; None if the block is bypassed.
+        after_attention: norm; None if the block is bypassed.
+        after_feed_forward: norm; None if the block is bypassed.
+    """
+
+    heads: int
+    width: int
+    qkv: Affine | None
+    out: Affine | None
+    neurons: int
+    up: Affine | None
+    down: Affine | None
+    after_attention: Affine | None
+    after_feed_forward: Affine | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """Linear maps behind the encoder, with an activation between them.
+
+    Attributes:
+        maps: one or two.
+        activation: between them: "tanh", "relu" or "gelu".
+        first: whether it reads each example's first token; else every token.
+    """
+
+    maps: tuple[Affine, ...]
+    activation: str = ""
+    first: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An encoder and its head.
+
+    Attributes:
+        hidden: width of the residual stream.
+        words, positions, types: tables of the embeddings; types is None without token types.
+        offset: the first token's position.
+        norm: of the embeddings.
+        project: from the embeddings' width to the hidden one, where they differ.
+        epsilon: of all norms.
+        activation: of the feed-forward blocks.
+        layers: in order.
+        head: what gives the logits.
+    """
+
+    hidden: int
+    words: Tensor
+    positions: Tensor
+    types: Tensor | None
+    offset: int
+    norm: Affine
+    project: Affine | None
+    epsilon: float
+    activation: str
+    layers: tuple[LayerPlan, ...] = field(repr=False)
+    head: Head = field(repr=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that an example may have."""
+        return len(self.positions) - self.offset
+
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+"""Names of the families, of the table, that there is a plan of."""
+
+
+def plan_of(model: PreTrainedModel) -> Plan:
+    """The plan of a model.
+
+    Args:
+        model: a classifier of sequences or tokens whose family is in `FAMILIES`, dense, sliced or bypassed.
+
+    Raises:
+        UnsupportedModel: another architecture, head, activation or edit.
+    """
+    found = sites(model)
+    name = found.family.name
+    if name not in FAMILIES:
+        raise UnsupportedModel(
+            f"The engine runs {', '.join(FAMILIES)}, not {name}: use the model itself, or export it."
+        )
+    if other := [edit.type for edit in edits_of(model) if not isinstance(edit, (Slice, Bypass))]:
+        raise UnsupportedModel(f"The engine runs dense and sliced models so far, not what {other[0]} made.")
+    config, body = model.config, cast(PreTrainedModel, model.base_model)
+    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModel(f"The engine has the activations {', '.join(ACTIVATIONS)}, not {activation!r}.")
+    if getattr(config, "is_decoder", False):
+        raise UnsupportedModel("The engine runs encoders, and this config says is_decoder.")
+    tables = body.get_submodule("embeddings")
+    words, positions, norm = (cast(nn.Module, getattr(tables, n)) for n in _EMBEDDINGS)
+    types = getattr(tables, "token_type_embeddings", None)
+    epsilons = {module.eps for module in body.modules() if isinstance(module, nn.LayerNorm)}
+    if len(epsilons) != 1:
+        raise UnsupportedModel("The engine takes one epsilon for all norms.")
+    project = getattr(body, "embeddings_project", None)
+    pairs = zip(found.heads, found.neurons, strict=True)
+    return Plan(
+        hidden=int(getattr(config, "hidden_size", None) or config.dim),
+        words=_kept(cast(Tensor, words.weight)),
+        positions=_kept(cast(Tensor, positions.weight)),
+        types=_kept(types.weight) if types is not None else None,
+        offset=cast(int, words.padding_idx) + 1 if name in _SHIFTED else 0,
+        norm=_affine(norm),
+        project=_affine(project) if project is not None else None,
+        epsilon=epsilons.pop(),
+        activation=ACTIVATIONS[activation],
+        layers=tuple(_layer(heads, neurons) for heads, neurons in pairs),
+        head=_head(model),
+    )
+
+
+_SHIFTED = ("roberta", "xlm-roberta", "camembert")  # positions count from behind the padding's
+_EMBEDDINGS = ("word_embeddings", "position_embeddings", "LayerNorm")
+
+
+def _layer(heads: Site, neurons: Site) -> LayerPlan:
+    maps = [module for module, cut in heads.cuts if cut.side == "out"]
+    (up,) = [module for module, cut in neurons.cuts if cut.side == "out"]
+    qkv = [_affine(module) for module in maps]
+    biases = [part.bias for part in qkv]
+    stacked = Affine(
+        torch.cat([part.weight for part in qkv]),
+        torch.cat(cast(list[Tensor], biases)) if None not in biases else None,
+    )
+    return LayerPlan(
+        heads=heads.units,
+        width=heads.width,
+        qkv=stacked if heads.units else None,
+        out=_affine(heads.output) if isinstance(heads.norm, nn.LayerNorm) else None,
+        neurons=neurons.units,
+        up=_affine(up) if neurons.units else None,
+        down=_affine(neurons.output) if isinstance(neurons.norm, nn.LayerNorm) else None,
+        after_attention=_affine(heads.norm) if isinstance(heads.norm, nn.LayerNorm) else None,
+        after_feed_forward=_affine(neurons.norm) if isinstance(neurons.norm, nn.LayerNorm) else None,
+    )
+
+
+_HEADS = {
+    # what the class's name ends with: the maps, and the activation between them
+    "BertForSequenceClassification": (("bert.pooler.dense", "classifier"), "tanh"),
+    "DistilBertForSequenceClassification": (("pre_classifier", "classifier"), "relu"),
+    "ElectraForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "gelu"),
+    "RobertaForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "tanh"),
+    "XLMRobertaForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "tanh"),
+    "CamembertForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "tanh"),
+}
+
+
+def _head(model: PreTrainedModel) -> Head:
+    name = type(model).__name__
+    if name in _HEADS:
+        paths, activation = _HEADS[name]
+        return Head(tuple(_affine(model.get_submodule(path)) for path in paths), activation)
+    if name.endswith("ForTokenClassification"):
+        return Head((_affine(model.get_submodule("classifier")),), first=False)
+    raise UnsupportedModel(f"The engine runs classifiers of sequences and tokens, not {name}.")
+
+
+def _affine(module: nn.Module | None) -> Affine:
+    weight, bias = (getattr(module, n) for n in ("weight", "bias"))
+    return Affine(_kept(weight), _kept(bias) if bias is not None else None)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous().cpu()

@@ -1,0 +1,267 @@
+"""Contract of the native engine: the logits of the model in every tier and precision, whatever the lengths and cuts."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForTokenClassification, BertConfig, BertForSequenceClassification
+
+import secateur
+from secateur.errors import InvalidData, SecateurError, UnsupportedModel
+from secateur.families import FAMILIES
+from secateur.runtime import build, load
+from secateur.runtime.engine import Precision
+from secateur.runtime.plan import FAMILIES as PLANNED
+from tests.conftest import tiny_batch, tiny_model
+from tests.contract.test_bypass import cut_out
+from tests.contract.test_families import CUTS, cut
+from tests.contract.test_methods import tiny_tokenizer
+
+NATIVE = build.TIERS[: build.library().sec_best_tier() + 1]
+TIERS = (*NATIVE, "torch")
+
+
+def wide_model(seed: int = 0, **changes: Any) -> Any:
+    """A BERT whose heads are as wide as real ones, with weights that make every unit matter."""
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=99, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=200)
+    model = BertForSequenceClassification(BertConfig(**settings | {"num_labels": 3} | changes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.09)
+    return model
+
+
+def examples(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, 99, (length,), generator=source).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def alone(model: Any, rows: list[list[int]]) -> Tensor:
+    """What the model says of each row by itself, without padding."""
+    return torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("how", ["dense", "bypassed", *CUTS])
+@pytest.mark.parametrize("family", PLANNED)
+def test_every_family_and_cut(family: str, how: str, tier: str) -> None:
+    model: Any = tiny_model(family)
+    if how == "bypassed":
+        model = cut_out(model, cut(model, "layer without both"))
+    elif how != "dense":
+        secateur.edits.apply_edits(model, [secateur.edits.Slice(cut(model, how))])
+    rows = examples([9, 1, 30, 4])
+    with load(model, "fp32", tier=tier) as engine:
+        assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-4
+        assert engine.info()["tier"] == tier
+        assert len(engine.info()["layers"]) == 3
+
+
+@pytest.mark.parametrize("tier", NATIVE)
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 0.9999999), ("bf16", 0.9999), ("int8", 0.999)])
+@pytest.mark.parametrize("width", [32, 64, 24])
+def test_precisions(tier: str, precision: Precision, least: float, width: int) -> None:
+    """Heads of 32 and 64 entries go through tiles where there are some, others do not."""
+    heads = 192 // width
+    model = wide_model(hidden_size=192, num_attention_heads=heads)
+    rows = examples([9, 1, 17, 64, 33, 2, 128])
+    with load(model, precision, tier=tier) as engine:
+        found, wanted = engine(rows), alone(model, rows)
+    assert cosine(found, wanted) >= least
+    assert (found - wanted).abs().max() <= {"fp32": 1e-4, "bf16": 0.05, "int8": 0.15}[precision] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("tier", NATIVE)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_all_lengths_and_batches(tier: str, precision: Precision) -> None:
+    """1 to 512 tokens, and 1 to 64 examples: each as it is alone, in one thread and in two."""
+    model = wide_model(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96)
+    with load(model, precision, tier=tier, threads=1) as engine:
+        for lengths in ([1], [512], [15, 16, 17], [31, 32, 33, 255, 256, 257], list(range(1, 65))):
+            rows = examples(lengths)
+            found = engine(rows)
+            bound = 1e-4 if precision == "fp32" else 0.1
+            assert (found - alone(model, rows)).abs().max() <= bound
+            singly = torch.cat([engine([row]) for row in rows])
+            assert (found - singly).abs().max() <= (1e-5 if precision == "fp32" else 0.05)
+            engine.threads = 2
+            assert torch.equal(engine(rows), found)
+            engine.threads = 1
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new"])
+@pytest.mark.parametrize("tier", NATIVE)
+def test_activations(tier: str, activation: str) -> None:
+    model = wide_model(hidden_act=activation)
+    rows = examples([5, 40])
+    assert (load(model, "fp32", tier=tier)(rows) - alone(model, rows)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_extreme_values(tier: str) -> None:
+    """Large weights saturate exponentials and GELUs: no NaN, and the model's logits."""
+    model = wide_model()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.query.weight.mul_(30)
+            layer.intermediate.dense.weight.mul_(30)
+    rows = examples([3, 50])
+    assert (load(model, "fp32", tier=tier)(rows) - alone(model, rows)).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_tokens_are_classified(tier: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForTokenClassification.from_config(wide_model().config).eval()
+    rows = examples([9, 1, 20])
+    found = load(model, "fp32", tier=tier)(rows)
+    assert [len(logits) for logits in found] == [9, 1, 20]
+    for logits, row in zip(found, rows, strict=True):
+        assert (logits - alone(model, [row])[0]).abs().max() <= 1e-4
+
+
+def test_texts_and_pairs(tmp_path: Path) -> None:
+    """A folder reads its own tokenizer; the second text of a pair has the second token type."""
+    model: Any = tiny_model("bert")
+    words = tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    texts: list[Any] = ["w1 w2 w3", ("w4", "w5 w6"), "w7"]
+    with load(tmp_path, "fp32") as engine:
+        found = engine(texts)
+    for text, logits in zip(texts, found, strict=True):
+        pair = (text,) if isinstance(text, str) else text
+        inputs = words(*pair, return_tensors="pt")
+        with torch.no_grad():
+            assert (model(**inputs).logits[0] - logits).abs().max() <= 1e-4
+
+
+def test_several_threads_share_an_engine() -> None:
+    model = wide_model()
+    engine = load(model, "int8", threads=1)
+    batches = [examples([5, 30, 7], seed) for seed in range(16)]
+    wanted = [engine(batch) for batch in batches]
+    found: dict[int, list[Tensor]] = {}
+
+    def work(number: int) -> None:
+        found[number] = [engine(batch) for batch in batches]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for results in found.values() for a, b in zip(results, wanted, strict=True))
+    assert len(found) == 4
+
+
+def test_int8_holds_a_byte_for_each_weight() -> None:
+    model = wide_model(hidden_size=128, intermediate_size=256)
+    weights = 3 * (4 * 128 * 128 + 2 * 128 * 256)
+    sizes = {precision: load(model, precision).info()["bytes"] for precision in ("fp32", "bf16", "int8")}  # type: ignore[arg-type]
+    small = 3 * 12 * (3 * 128 + 128 + 256 + 128)  # bias, scale and sum of each output
+    assert sizes == {"fp32": 4 * weights + small, "bf16": 2 * weights + small, "int8": weights + small}
+
+
+def test_a_closed_engine_is_closed() -> None:
+    engine = load(wide_model())
+    engine([[5, 6]])
+    engine.close()
+    engine.close()
+    with pytest.raises(SecateurError, match="closed"):
+        engine([[5, 6]])
+
+
+def test_a_tier_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_TIER", "portable")
+    assert load(wide_model()).info()["tier"] == "portable"
+    monkeypatch.setenv("SECATEUR_TIER", "neon")
+    with pytest.raises(SecateurError, match="A tier is portable, avx2, avx512, amx or torch"):
+        load(wide_model())
+
+
+def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Any:
+        raise build.NoCompiler("none")
+
+    monkeypatch.setattr("secateur.runtime.engine.library", none)
+    model, rows = wide_model(), examples([4, 9])
+    engine = load(model, "fp32")
+    assert engine.info()["tier"] == "torch"
+    assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-4
+    with pytest.raises(SecateurError, match="none"):
+        load(model, tier="portable")
+
+
+def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    calls: list[list[str]] = []
+
+    def compiled(compiler: str, folder: Path) -> Path:
+        calls.append([compiler])
+        (folder / "secateur.so").write_bytes(b"")
+        return folder / "secateur.so"
+
+    monkeypatch.setattr(build, "_compile", compiled)
+    assert build.built() == build.built()
+    assert len(calls) == 1
+    monkeypatch.setattr(build, "COMPILERS", ())
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(build.NoCompiler, match="there is none: install one"):
+        build.built()
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    script = tmp_path / "cc"
+    script.write_text("#!/bin/sh\necho 'engine.cpp:1: error: no such machine' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(SecateurError, match="cannot build the native engine: engine.cpp:1: error: no such machine"):
+        build.built()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([], "nothing to run"),
+        ("a text", "put the text into brackets"),
+        (["a text"], "need a tokenizer"),
+        ([[5], []], "1 to 512 tokens, not 0"),
+        ([[5] * 513], "1 to 512 tokens, not 513"),
+        ([[5, 99]], "from 0 to 98"),
+        ([[-1]], "from 0 to 98"),
+    ],
+)
+def test_bad_batches(batch: Any, message: str) -> None:
+    with pytest.raises(InvalidData, match=message):
+        load(wide_model())(batch)
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    for family in sorted(set(FAMILIES) - set(PLANNED)):
+        with pytest.raises(UnsupportedModel, match="The engine runs bert"):
+            load(tiny_model(family))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match="activations gelu"):
+        load(wide_model(hidden_act="silu"))
+    with pytest.raises(UnsupportedModel, match="classifiers of sequences and tokens, not BertModel"):
+        load(wide_model().bert)
+    binary: Any = tiny_model("bert")
+    secateur.binarize(binary, [tiny_batch("bert")])
+    with pytest.raises(UnsupportedModel, match="not what binarize made"):
+        load(binary)
+    with pytest.raises(SecateurError, match="A precision is fp32, bf16, int8"):
+        load(wide_model(), "fp8")  # type: ignore[arg-type]
+    with pytest.raises(SecateurError, match="hidden size is not a multiple of 16"):
+        load(wide_model(hidden_size=36, num_attention_heads=2), tier="portable")
