@@ -65,56 +65,78 @@ static void prepare(Precision precision, Rows from, int rows, const Map& map, vo
     (from.half ? prepare_tiles<uint16_t> : prepare_tiles<float>)(precision, from, rows, map, input, scale, threads);
 }
 
-// What is left to do of a block of 32 x 32 sums while the next one is computed.
-struct Rest {
-    const int32_t* sums = nullptr;
-    int row = 0, rows = 0, done = 0, column = 0;
-};
-
-template <Precision P>
-SEC_INLINE void write_rows(Rest& rest, int count, const float* scale, const Map& map, Activation activation, Rows to) {
-    const int end = least(rest.rows, rest.done + count);
-    for (; rest.done < end; rest.done++) {
-        const int r = rest.done, row = rest.row + r;
-        const int32_t* from = rest.sums + (r / 16) * 512 + (r % 16) * 16;
-        for (int half = 0; half < 2; half++) {
-            const int at = rest.column + half * LANES;
-            const vi whole = *(const vi*)(from + half * 256);
-            const vf bias = load(map.bias + at);
-            const vf value = P == INT8 ? __builtin_convertvector(whole, vf) * (load(map.scale + at) * scale[row]) + bias
-                                       : (vf)whole + bias;
-            finish(to, row, at, value, activation);
-        }
-    }
+// Panels of weights are read once for each batch: the next one is asked for while this one is used.
+SEC_INLINE void ask_for(const char* from, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-template <Precision P>
-static void tile_product(const void* input, const float* scale, int rows, const Map& map, Activation activation, Rows to,
-                         int threads) {
-    const int steps = map.deep / (P == INT8 ? 64 : 32), each = (32 + steps - 1) / steps;
+// A block of 32 x 32 sums, written out row by row while the next one is computed.
+template <Precision P, Activation A>
+struct Finished {
+    const int32_t* sums = nullptr;
+    uint16_t* to = nullptr;
+    const float* scale = nullptr;
+    int rows = 0, done = 0, stride = 0;
+    vf gain[2], bias[2];
+
+    SEC_INLINE void write(Finished& it, int count) {
+        const int end = least(it.rows, it.done + count);
+        for (; it.done < end; it.done++) {
+            const int32_t* from = it.sums + (it.done / 16) * 512 + (it.done % 16) * 16;
+            const vf low = value(it, from, 0), high = value(it, from + 256, 1);
+            uint16_t* at = it.to + (size_t)it.done * it.stride;
+#ifdef __AVX512BF16__
+            _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+            store(at, low);
+            store(at + LANES, high);
+#endif
+        }
+    }
+
+    SEC_INLINE vf value(const Finished& it, const int32_t* from, int half) {
+        const vi whole = *(const vi*)from;
+        const vf found = P == INT8 ? __builtin_convertvector(whole, vf) * (it.gain[half] * it.scale[it.done]) + it.bias[half]
+                                   : (vf)whole + it.bias[half];
+        return activated<A, true>(found);
+    }
+};
+
+template <Precision P, Activation A>
+static void tile_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
+    const int steps = map.deep / step_of(P), each = (32 + steps - 1) / steps, blocks = (rows + 31) / 32;
+    const size_t panel = (size_t)steps * TILE;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         configure();
         alignas(64) int32_t sums[2][4 * 256];
         int turn = 0;
 #pragma omp for schedule(dynamic, 1)
-        for (int column = 0; column < map.wide; column += PANEL) {
-            Rest rest;
-            const char* low = (const char*)map.weights + (size_t)(column / 16) * steps * TILE;
-            const char* high = low + (size_t)steps * TILE;
-            for (int row = 0; row < rows; row += 32) {
+        for (int column = 0; column < map.wide; column += 32) {
+            const char* low = (const char*)map.weights + (size_t)(column / 16) * panel;
+            const char *high = low + panel, *next = column + 32 < map.wide ? high + panel : nullptr;
+            Finished<P, A> last;
+            last.stride = to.stride;
+            for (int half = 0; half < 2; half++) {
+                last.gain[half] = load(map.scale + column + half * LANES);
+                last.bias[half] = load(map.bias + column + half * LANES);
+            }
+            int asked = 0;
+            for (int block = 0; block < blocks; block++) {
+                const int row = block * 32;
                 const bool second = rows - row > 16;
-                const char* top = (const char*)input + (size_t)(row / 16) * steps * TILE;
-                const char* bottom = top + (second ? (size_t)steps * TILE : 0);
+                const char* top = (const char*)input + (size_t)(row / 16) * panel;
+                const char* bottom = top + (second ? panel : 0);
                 _tile_zero(0);
                 _tile_zero(1);
                 _tile_zero(2);
                 _tile_zero(3);
                 for (int k = 0; k < steps; k++) {
-                    _tile_loadd(6, low + (size_t)k * TILE, 64);
-                    _tile_loadd(4, top + (size_t)k * TILE, 64);
-                    _tile_loadd(7, high + (size_t)k * TILE, 64);
-                    if (second) _tile_loadd(5, bottom + (size_t)k * TILE, 64);
+                    const size_t at = (size_t)k * TILE;
+                    _tile_loadd(6, low + at, 64);
+                    _tile_loadd(4, top + at, 64);
+                    _tile_loadd(7, high + at, 64);
+                    if (second) _tile_loadd(5, bottom + at, 64);
                     if constexpr (P == INT8) {
                         _tile_dpbssd(0, 4, 6);
                         _tile_dpbssd(1, 4, 7);
@@ -130,9 +152,13 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                             _tile_dpbf16ps(3, 5, 7);
                         }
                     }
-                    if (rest.sums) write_rows<P>(rest, each, scale, map, activation, to);
+                    if (next != nullptr && (block * steps + k) * 2 >= asked * blocks) {
+                        ask_for(next + (size_t)asked * TILE, TILE);
+                        asked++;
+                    }
+                    if (last.sums != nullptr) last.write(last, each);
                 }
-                if (rest.sums) write_rows<P>(rest, 32, scale, map, activation, to);
+                if (last.sums != nullptr) last.write(last, 32);
                 int32_t* here = sums[turn ^= 1];
                 _tile_stored(0, here, 64);
                 _tile_stored(1, here + 256, 64);
@@ -141,9 +167,13 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                     _tile_stored(3, here + 768, 64);
                 }
                 settle();
-                rest = {here, row, least(32, rows - row), 0, column};
+                last.sums = here;
+                last.to = (uint16_t*)to.data + (size_t)row * to.stride + column;
+                last.scale = scale + row;
+                last.rows = least(32, rows - row);
+                last.done = 0;
             }
-            write_rows<P>(rest, 32, scale, map, activation, to);
+            last.write(last, 32);
         }
         release();
     }
@@ -151,9 +181,15 @@ static void tile_product(const void* input, const float* scale, int rows, const 
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
                     Activation activation, Rows to, int threads) {
-    if (precision == INT8) return tile_product<INT8>(input, scale, rows, map, activation, to, threads);
-    if (precision == BF16) return tile_product<BF16>(input, scale, rows, map, activation, to, threads);
-    float_product<float>(input, rows, map, activation, to, threads);
+    with_activation(activation, [&](auto known) {
+        constexpr Activation A = decltype(known)::value;
+        if (precision == INT8)
+            tile_product<INT8, A>(input, scale, rows, map, to, threads);
+        else if (precision == BF16)
+            tile_product<BF16, A>(input, scale, rows, map, to, threads);
+        else
+            float_product<A, float>(input, rows, map, to, threads);
+    });
 }
 
 // --- attention in tiles: heads whose width is a multiple of 32, of bfloat16 rows ----------------------------------
@@ -162,6 +198,34 @@ static size_t attention_scratch(int width, int tokens) {
     const size_t padded = up_to(tokens, 32);
     const size_t tiles = padded * width + padded * 16 + 16 * padded / 2 + 16 * (size_t)width + 4 * 64;
     return up_to((int)most((int)tiles, (int)generic_attention_scratch(width, tokens)), 64);
+}
+
+// 16 keys of 32 entries as a tile: pairs of entries below each other. Keys from `count` on are 0.
+SEC_INLINE void turn(const uint16_t* from, long stride, int count, uint32_t* to) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = i < count ? _mm512_loadu_si512(from + i * stride) : _mm512_setzero_si512();
+    for (int i = 0; i < 8; i++) {
+        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+        a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + i * 16, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * 16, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 4) * 16, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 12) * 16, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
 }
 
 static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example, int h, float* scratch) {
@@ -176,15 +240,8 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
     uint16_t* probabilities = (uint16_t*)(scores + (size_t)16 * padded);
     float* found = (float*)(probabilities + (size_t)16 * padded);
     for (int j = 0; j < padded; j += 16)
-        for (int part = 0; part < parts; part++) {
-            uint32_t* tile = turned + ((size_t)(j / 16) * parts + part) * 256;
-            for (int key = 0; key < 16; key++)
-                for (int r = 0; r < 16; r++) {
-                    uint32_t pair = 0;
-                    if (j + key < tokens) memcpy(&pair, keys + (size_t)(j + key) * stride + part * 32 + r * 2, 4);
-                    tile[r * 16 + key] = pair;
-                }
-        }
+        for (int part = 0; part < parts; part++)
+            turn(keys + (size_t)j * stride + part * 32, stride, tokens - j, turned + ((size_t)(j / 16) * parts + part) * 256);
     for (int j = 0; j < padded; j += 32)
         for (int r = 0; r < 16; r++)
             for (int c = 0; c < width / 16; c++) {
@@ -211,10 +268,8 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
         settle();
         float inverse[16];
         for (int r = 0; r < count; r++) {
-            float* row = scores + (size_t)r * padded;
-            for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * what.scaling);
-            inverse[r] = run.softmax(row, tokens, padded, h, i + r);
-            for (int j = 0; j < padded; j += LANES) store(probabilities + (size_t)r * padded + j, load(row + j));
+            const size_t at = (size_t)r * padded;
+            inverse[r] = run.softmax_short(scores + at, probabilities + at, tokens, padded, h, i + r);
         }
         settle();
         for (int c = 0; c < width / 16; c++) {

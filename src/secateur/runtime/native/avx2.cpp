@@ -7,9 +7,9 @@ namespace secateur {
 namespace {
 
 // R rows times 16 outputs.
-template <int R>
+template <int R, Activation A>
 SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int column, const Map& map,
-                           Activation activation, Rows to) {
+                           Rows to) {
     const int8_t* panel = (const int8_t*)map.weights + (size_t)column * map.deep;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[R][2];
@@ -30,24 +30,31 @@ SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int
     for (int r = 0; r < R; r++) {
         int32_t held[16];
         memcpy(held, sums[r], sizeof held);
-        finish_whole(held, scale[row + r], row + r, column, map, activation, to);
+        finish_whole<A>(held, scale[row + r], row + r, column, map, to);
     }
 }
 
-static void int8_product(const void* input, const float* scale, int rows, const Map& map, Activation activation, Rows to,
-                         int threads) {
+template <Activation A>
+static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
 #pragma omp parallel for schedule(dynamic, 2) num_threads(threads) if (threads > 1)
     for (int column = 0; column < map.wide; column += 16) {
         int row = 0;
-        for (; row + 4 <= rows; row += 4) int8_panel<4>((const int8_t*)input, scale, row, column, map, activation, to);
-        for (; row < rows; row++) int8_panel<1>((const int8_t*)input, scale, row, column, map, activation, to);
+        for (; row + 4 <= rows; row += 4) int8_panel<4, A>((const int8_t*)input, scale, row, column, map, to);
+        for (; row < rows; row++) int8_panel<1, A>((const int8_t*)input, scale, row, column, map, to);
     }
 }
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
                     Activation activation, Rows to, int threads) {
-    if (precision == INT8) return int8_product(input, scale, rows, map, activation, to, threads);
-    (precision == BF16 ? float_product<uint16_t> : float_product<float>)(input, rows, map, activation, to, threads);
+    with_activation(activation, [&](auto known) {
+        constexpr Activation A = decltype(known)::value;
+        if (precision == INT8)
+            int8_product<A>(input, scale, rows, map, to, threads);
+        else if (precision == BF16)
+            float_product<A, uint16_t>(input, rows, map, to, threads);
+        else
+            float_product<A, float>(input, rows, map, to, threads);
+    });
 }
 
 }  // namespace

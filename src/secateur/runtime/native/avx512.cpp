@@ -13,9 +13,9 @@ static void prepare(Precision precision, Rows from, int rows, const Map& map, vo
 }
 
 // R rows times 32 outputs.
-template <int R>
+template <int R, Activation A>
 SEC_INLINE void int8_panel(const uint8_t* input, const float* scale, int row, int column, const Map& map,
-                           Activation activation, Rows to) {
+                           Rows to) {
     const int8_t* low = (const int8_t*)map.weights + (size_t)column * map.deep;
     const int8_t* high = low + (size_t)LANES * map.deep;
     __m512i sums[R][2];
@@ -41,24 +41,31 @@ SEC_INLINE void int8_panel(const uint8_t* input, const float* scale, int row, in
         for (int half = 0; half < 2; half++) {
             const int at = column + half * LANES;
             vf value = (vf)_mm512_cvtepi32_ps(sums[r][half]) * (load(map.scale + at) * scale[row + r]);
-            finish(to, row + r, at, value + load(map.bias + at), activation);
+            finish<A>(to, row + r, at, value + load(map.bias + at));
         }
 }
 
-static void int8_product(const void* input, const float* scale, int rows, const Map& map, Activation activation, Rows to,
-                         int threads) {
+template <Activation A>
+static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int column = 0; column < map.wide; column += PANEL) {
         int row = 0;
-        for (; row + 8 <= rows; row += 8) int8_panel<8>((const uint8_t*)input, scale, row, column, map, activation, to);
-        for (; row < rows; row++) int8_panel<1>((const uint8_t*)input, scale, row, column, map, activation, to);
+        for (; row + 8 <= rows; row += 8) int8_panel<8, A>((const uint8_t*)input, scale, row, column, map, to);
+        for (; row < rows; row++) int8_panel<1, A>((const uint8_t*)input, scale, row, column, map, to);
     }
 }
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
                     Activation activation, Rows to, int threads) {
-    if (precision == INT8) return int8_product(input, scale, rows, map, activation, to, threads);
-    (precision == BF16 ? float_product<uint16_t> : float_product<float>)(input, rows, map, activation, to, threads);
+    with_activation(activation, [&](auto known) {
+        constexpr Activation A = decltype(known)::value;
+        if (precision == INT8)
+            int8_product<A>(input, scale, rows, map, to, threads);
+        else if (precision == BF16)
+            float_product<A, uint16_t>(input, rows, map, to, threads);
+        else
+            float_product<A, float>(input, rows, map, to, threads);
+    });
 }
 
 }  // namespace

@@ -61,14 +61,29 @@ SEC_INLINE vf nearest(vf a) {  // ties to even, for |a| below 2^22
     return (a + magic) - magic;
 }
 SEC_INLINE float total(vf a) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)a);
+#else
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += a[i];
     return sum;
+#endif
 }
 SEC_INLINE float highest(vf a) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)a);
+#else
     float found = a[0];
     for (int i = 1; i < LANES; i++) found = a[i] > found ? a[i] : found;
     return found;
+#endif
+}
+SEC_INLINE vf inverse_of(vf a) {  // to 14 bits, which is more than bfloat16 keeps
+#ifdef __AVX512F__
+    return (vf)_mm512_rcp14_ps((__m512)a);
+#else
+    return 1.0f / a;
+#endif
 }
 
 // e^x by 2^n 2^f with a polynomial in f; relative error below 3e-7, 0 below -87.
@@ -108,12 +123,61 @@ SEC_INLINE vf gelu_tanh(vf x) {
     return x / (1.0f + exponential(-u));
 }
 
-SEC_INLINE vf activated(vf x, Activation kind) {
-    switch (kind) {
-        case GELU: return gelu(x);
-        case RELU: return larger(x, vf{});
-        case GELU_TANH: return gelu_tanh(x);
-        default: return x;
+// For results that are kept in bfloat16: relative errors below 1e-5.
+SEC_INLINE vf exponential_short(vf x) {
+    const vf inside = larger(x, splat(-87.0f));
+#ifdef __AVX512F__
+    const vf t = inside * 1.44269504f;
+    const vf n = (vf)_mm512_roundscale_ps((__m512)t, 8);
+#else
+    const vf t = smaller(inside, splat(88.0f)) * 1.44269504f;
+    const vf n = nearest(t);
+#endif
+    const vf f = t - n;
+    vf p = splat(9.61812910e-3f);
+    p = p * f + 5.55041087e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+#ifdef __AVX512F__
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+#endif
+}
+
+// x / (1 + e^-u) with u(x) fitted to the logit of Φ: absolute error below 3e-5 max(1, |x|).
+SEC_INLINE vf gelu_short(vf x) {
+    const vf square = smaller(x * x, splat(64.0f));
+    const vf u = x * (1.59501564f + square * (7.40114011e-2f - square * 7.03050432e-4f));
+    return x * inverse_of(1.0f + exponential_short(smaller(-u, splat(80.0f))));
+}
+
+SEC_INLINE vf gelu_tanh_short(vf x) {
+    const vf u = x * (1.5957691216f + 0.0713548162726f * x * x);
+    return x * inverse_of(1.0f + exponential_short(smaller(-u, splat(80.0f))));
+}
+
+template <Activation A, bool HALF>
+SEC_INLINE vf activated(vf x) {
+    if (A == GELU) return HALF ? gelu_short(x) : gelu(x);
+    if (A == GELU_TANH) return HALF ? gelu_tanh_short(x) : gelu_tanh(x);
+    if (A == RELU) return larger(x, vf{});
+    return x;
+}
+
+// Calls `then` with an activation that the compiler knows.
+template <Activation A>
+struct Known {
+    static constexpr Activation value = A;
+};
+template <class Then>
+SEC_INLINE void with_activation(Activation activation, Then then) {
+    switch (activation) {
+        case GELU: return then(Known<GELU>{});
+        case RELU: return then(Known<RELU>{});
+        case GELU_TANH: return then(Known<GELU_TANH>{});
+        default: return then(Known<NONE>{});
     }
 }
 
@@ -224,18 +288,17 @@ static void prepare_rows(Precision precision, Rows from, int rows, const Map& ma
 
 // --- products ------------------------------------------------------------------------------------------------------
 
-SEC_INLINE void finish(Rows to, int row, int column, vf value, Activation activation) {
-    value = activated(value, activation);
+template <Activation A>
+SEC_INLINE void finish(Rows to, int row, int column, vf value) {
     if (to.half)
-        store((uint16_t*)to.data + (size_t)row * to.stride + column, value);
+        store((uint16_t*)to.data + (size_t)row * to.stride + column, activated<A, true>(value));
     else
-        store((float*)to.data + (size_t)row * to.stride + column, value);
+        store((float*)to.data + (size_t)row * to.stride + column, activated<A, false>(value));
 }
 
 // R rows times a panel of outputs.
-template <int R, class Value>
-SEC_INLINE void float_panel(const Value* input, const Value* panel, int row, int column, const Map& map,
-                            Activation activation, Rows to) {
+template <int R, Activation A, class Value>
+SEC_INLINE void float_panel(const Value* input, const Value* panel, int row, int column, const Map& map, Rows to) {
     vf sums[R][2];
     for (int r = 0; r < R; r++) sums[r][0] = load(map.bias + column), sums[r][1] = load(map.bias + column + LANES);
     const Value* from = input + (size_t)row * map.deep;
@@ -248,30 +311,30 @@ SEC_INLINE void float_panel(const Value* input, const Value* panel, int row, int
         }
     }
     for (int r = 0; r < R; r++) {
-        finish(to, row + r, column, sums[r][0], activation);
-        finish(to, row + r, column + LANES, sums[r][1], activation);
+        finish<A>(to, row + r, column, sums[r][0]);
+        finish<A>(to, row + r, column + LANES, sums[r][1]);
     }
 }
 
-template <class Value>
-[[maybe_unused]] static void float_product(const void* input, int rows, const Map& map, Activation activation, Rows to, int threads) {
+template <Activation A, class Value>
+[[maybe_unused]] static void float_product(const void* input, int rows, const Map& map, Rows to, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int column = 0; column < map.wide; column += PANEL) {
         const Value* panel = (const Value*)map.weights + (size_t)column * map.deep;
         int row = 0;
         for (; row + SEC_ROWS <= rows; row += SEC_ROWS)
-            float_panel<SEC_ROWS, Value>((const Value*)input, panel, row, column, map, activation, to);
-        for (; row < rows; row++) float_panel<1, Value>((const Value*)input, panel, row, column, map, activation, to);
+            float_panel<SEC_ROWS, A, Value>((const Value*)input, panel, row, column, map, to);
+        for (; row < rows; row++) float_panel<1, A, Value>((const Value*)input, panel, row, column, map, to);
     }
 }
 
 // 16 sums of int8 products of a row, with scales and bias.
-SEC_INLINE void finish_whole(const int32_t* sums, float scale, int row, int column, const Map& map,
-                             Activation activation, Rows to) {
+template <Activation A>
+SEC_INLINE void finish_whole(const int32_t* sums, float scale, int row, int column, const Map& map, Rows to) {
     for (int n = 0; n < 16; n += LANES) {
         const int at = column + n;
         vf value = __builtin_convertvector(*(const vi*)(sums + n), vf) * (load(map.scale + at) * scale);
-        finish(to, row, at, value + load(map.bias + at), activation);
+        finish<A>(to, row, at, value + load(map.bias + at));
     }
 }
 
@@ -324,17 +387,9 @@ struct AttentionRun {
         }
     }
 
-    // Exponentials in place, 0 behind the last token; the inverse of their sum.
+    // Exponentials in place, 0 behind the last token; the inverse of their sum. Scores are scaled already.
     float softmax(float* row, int tokens, int padded, int h, int query) const {
-        if (what.relative != nullptr) {
-            const float* bias = what.relative + (size_t)h * (2 * what.reach + 1);
-            for (int j = 0; j < tokens; j++) {
-                int apart = j - query;
-                apart = apart < -what.reach ? -what.reach : apart > what.reach ? what.reach : apart;
-                row[j] += bias[apart + what.reach];
-            }
-        }
-        for (int j = tokens; j < padded; j++) row[j] = -INFINITY;
+        place(row, tokens, padded, h, query);
         vf high = splat(-INFINITY);
         for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
         const float top = highest(high);
@@ -345,6 +400,39 @@ struct AttentionRun {
             sum += found;
         }
         return 1.0f / total(sum);
+    }
+
+    // The same from scores that are not scaled yet, into bfloat16.
+    [[maybe_unused]] float softmax_short(float* row, uint16_t* into, int tokens, int padded, int h, int query) const {
+        float scaling = what.scaling;
+        if (what.relative != nullptr) {
+            for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scaling);
+            scaling = 1;
+        }
+        place(row, tokens, padded, h, query);
+        vf high = splat(-INFINITY);
+        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
+        const float top = highest(high) * scaling;
+        vf sum = {};
+        for (int j = 0; j < padded; j += LANES) {
+            vf found = exponential_short(load(row + j) * scaling - top);
+            store(into + j, found);
+            sum += found;
+        }
+        return 1.0f / total(sum);
+    }
+
+    // Adds the relative positions' bias, and takes what is behind the last token out.
+    void place(float* row, int tokens, int padded, int h, int query) const {
+        if (what.relative != nullptr) {
+            const float* bias = what.relative + (size_t)h * (2 * what.reach + 1);
+            for (int j = 0; j < tokens; j++) {
+                int apart = j - query;
+                apart = apart < -what.reach ? -what.reach : apart > what.reach ? what.reach : apart;
+                row[j] += bias[apart + what.reach];
+            }
+        }
+        for (int j = tokens; j < padded; j++) row[j] = -INFINITY;
     }
 };
 

@@ -6,8 +6,8 @@
 namespace secateur {
 namespace {
 
-static void int8_product(const void* input, const float* scale, int rows, const Map& map, Activation activation, Rows to,
-                         int threads) {
+template <Activation A>
+static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int column = 0; column < map.wide; column += 16) {
         const int8_t* panel = (const int8_t*)map.weights + (size_t)column * map.deep;
@@ -17,15 +17,22 @@ static void int8_product(const void* input, const float* scale, int rows, const 
             for (int k = 0; k < map.deep; k += 4)
                 for (int n = 0; n < 16; n++)
                     for (int q = 0; q < 4; q++) sums[n] += (int16_t)from[k + q] * (int16_t)panel[((size_t)k / 4 * 16 + n) * 4 + q];
-            finish_whole(sums, scale[row], row, column, map, activation, to);
+            finish_whole<A>(sums, scale[row], row, column, map, to);
         }
     }
 }
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
                     Activation activation, Rows to, int threads) {
-    if (precision == INT8) return int8_product(input, scale, rows, map, activation, to, threads);
-    (precision == BF16 ? float_product<uint16_t> : float_product<float>)(input, rows, map, activation, to, threads);
+    with_activation(activation, [&](auto known) {
+        constexpr Activation A = decltype(known)::value;
+        if (precision == INT8)
+            int8_product<A>(input, scale, rows, map, to, threads);
+        else if (precision == BF16)
+            float_product<A, uint16_t>(input, rows, map, to, threads);
+        else
+            float_product<A, float>(input, rows, map, to, threads);
+    });
 }
 
 }  // namespace

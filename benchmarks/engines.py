@@ -1,0 +1,195 @@
+"""Engines side by side on one machine, interleaved in one run: the native one, torch, ONNX Runtime, OpenVINO.
+
+    python benchmarks/engines.py --models mini base --threads 1
+    python benchmarks/engines.py --table      # print the table from the kept rows
+
+Random weights, whole batches: speed only. With one thread a pass is timed by the process's own time, which other jobs
+do not lengthen; with more by the clock. Medians and quartiles over rounds, every round in another order. "sentences"
+are 32 texts whose lengths are drawn log-normally (median 25 tokens, 4 to 64): padded to the longest for engines that
+need it. OpenVINO's int8 is NNCF's post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import HERE, setting, write
+from transformers import BertConfig, BertForSequenceClassification
+
+from secateur.runtime import load
+from secateur.runtime.build import TIERS, library
+
+MODELS = {
+    "mini": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+}
+SHAPES = {"1x32": [32], "1x128": [128], "8x128": [128] * 8, "32x32": [32] * 32}
+Runner = Callable[[], object]
+
+
+def lengths_of(shape: str) -> list[int]:
+    if shape != "sentences":
+        return SHAPES[shape]
+    drawn = np.random.default_rng(0).normal(np.log(25), 0.5, 32)
+    return [int(n) for n in np.clip(np.round(np.exp(drawn)), 4, 64)]
+
+
+class Rivals:
+    """Engines of one model by name: each a function of padded inputs, or of ids that lie one behind the other."""
+
+    def __init__(self, model: Any, threads: int, wanted: list[str], folder: Path) -> None:
+        self.model, self.threads, self.folder = model, threads, folder
+        self.half = BertForSequenceClassification(model.config).eval().bfloat16()
+        best = library().sec_best_tier()
+        self.own = {
+            f"{tier}.{precision}": load(model, precision, tier=tier, threads=threads)  # type: ignore[arg-type]
+            for tier in ({TIERS[best], "avx512"} & set(TIERS[: best + 1]))
+            for precision in ("fp32", "bf16", "int8")
+            if (tier == TIERS[best] or precision == "int8") and any(w in f"{tier}.{precision}" for w in wanted)
+        }
+        self.others: dict[str, Callable[[dict[str, np.ndarray]], object]] = {}
+        if "openvino" in wanted:
+            self._openvino()
+        if "onnxruntime" in wanted:
+            self._onnxruntime()
+
+    def _openvino(self) -> None:
+        import nncf
+        import openvino
+
+        example = {name: torch.ones(2, 8, dtype=torch.long) for name in INPUTS}
+        plain = openvino.convert_model(self.model, example_input=example)
+        calibration = [padded([24 + i % 16] * 2) for i in range(32)]
+        small = nncf.quantize(plain, nncf.Dataset(calibration), model_type=nncf.ModelType.TRANSFORMER)
+        core = openvino.Core()
+        for name, graph, precision in (
+            ("openvino fp32", plain, "f32"),
+            ("openvino bf16", plain, "bf16"),
+            ("openvino int8", small, "bf16" if library().sec_best_tier() == len(TIERS) - 1 else "f32"),
+        ):
+            options = {
+                "INFERENCE_PRECISION_HINT": precision,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": self.threads,
+            }
+            request = core.compile_model(graph, "CPU", options).create_infer_request()
+            self.others[name] = lambda inputs, r=request: r.infer(inputs, share_inputs=True)  # type: ignore[misc]
+
+    def _onnxruntime(self) -> None:
+        import onnxruntime
+        from onnxruntime.quantization import quantize_dynamic
+
+        large, small = self.folder / "model.onnx", self.folder / "int8.onnx"
+        example = tuple(torch.ones(2, 8, dtype=torch.long) for _ in INPUTS)
+        axes = {name: {0: "batch", 1: "tokens"} for name in INPUTS}
+        torch.onnx.export(self.model, example, str(large), input_names=list(INPUTS), dynamic_axes=axes, dynamo=False)
+        quantize_dynamic(str(large), str(small))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        for name, file in (("onnxruntime fp32", large), ("onnxruntime int8", small)):
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            self.others[name] = lambda inputs, s=session: s.run(None, inputs)  # type: ignore[misc]
+
+    def runners(self, lengths: list[int]) -> dict[str, Runner]:
+        arrays = padded(lengths)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        ids = tensors["input_ids"][tensors["attention_mask"].bool()]
+        counts = torch.tensor(lengths)
+        found: dict[str, Runner] = {
+            "torch fp32": lambda: self.model(**tensors),
+            "torch bf16": lambda: self.half(**tensors),
+        }
+        found |= {name: (lambda run=run: run(arrays)) for name, run in self.others.items()}  # type: ignore[misc]
+        found |= {name: (lambda e=engine: e.encoded(ids, counts)) for name, engine in self.own.items()}  # type: ignore[misc]
+        return found
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def padded(lengths: list[int]) -> dict[str, np.ndarray]:
+    mask = np.arange(max(lengths))[None] < np.array(lengths)[:, None]
+    ids = np.random.default_rng(1).integers(1000, 30000, mask.shape)
+    return {
+        "input_ids": np.where(mask, ids, 0),
+        "attention_mask": mask.astype(np.int64),
+        "token_type_ids": np.zeros_like(ids),
+    }
+
+
+def interleaved(runners: dict[str, Runner], threads: int, rounds: int, least: float) -> dict[str, list[float]]:
+    """Milliseconds of a pass of each, round by round."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    for run in runners.values():
+        run(), run()
+    names, found = list(runners), {name: [] for name in runners}
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            count, start = 0, clock()
+            while clock() - start < least:
+                runners[name]()
+                count += 1
+            found[name].append(1e3 * (clock() - start) / count)
+    return found
+
+
+def measure(arguments: argparse.Namespace, path: Path) -> None:
+    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    record |= setting()
+    for name in arguments.models:
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(num_labels=2, **MODELS[name])).eval()
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            rivals = Rivals(model, arguments.threads, arguments.engines, Path(folder))
+            for shape in arguments.shapes:
+                lengths = lengths_of(shape)
+                times = interleaved(rivals.runners(lengths), arguments.threads, arguments.rounds, arguments.seconds)
+                milliseconds = {n: [round(q, 3) for q in statistics.quantiles(t, n=4)] for n, t in times.items()}
+                row = {"model": name, "shape": shape, "threads": arguments.threads, "tokens": sum(lengths)}
+                rest = [r for r in record["rows"] if any(r[key] != value for key, value in row.items())]
+                record["rows"] = [*rest, {**row, "longest": max(lengths), "milliseconds": milliseconds}]
+                write(path, record)
+                print(name, shape, {n: q[1] for n, q in milliseconds.items()}, flush=True)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Median milliseconds of every engine; in brackets how many times as fast as torch in fp32."""
+    names = list(dict.fromkeys(name for row in record["rows"] for name in row["milliseconds"]))
+    lines = ["| model | batch x tokens | threads | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for row in record["rows"]:
+        times = {name: quartiles[1] for name, quartiles in row["milliseconds"].items()}
+        cells = [f"{times[n]:.1f} ({times['torch fp32'] / times[n]:.1f}×)" if n in times else "–" for n in names]
+        lines.append(f"| {row['model']} | {row['shape']} | {row['threads']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--shapes", nargs="*", choices=[*SHAPES, "sentences"], default=[*SHAPES, "sentences"])
+    parser.add_argument("--engines", nargs="*", default=["openvino", "onnxruntime", "fp32", "bf16", "int8"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.05, help="how long each is run in a round, at least")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
+    path = HERE / "results" / "engines.json"
+    if not arguments.table:
+        measure(arguments, path)
+    print(table(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()
