@@ -238,15 +238,19 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
         ([], "nothing to run"),
         ("a text", "put the text into brackets"),
         (["a text"], "need a tokenizer"),
-        ([[5], []], "1 to 512 tokens, not 0"),
-        ([[5] * 513], "1 to 512 tokens, not 513"),
-        ([[5, 99]], "from 0 to 98"),
-        ([[-1]], "from 0 to 98"),
+        ([[5], []], "1 to 512 tokens"),
+        ([[5] * 513], "1 to 512 tokens"),
+        ([[5, 99]], "ids go from 0 to 98"),
+        ([[-1]], "ids go from 0 to 98"),
     ],
 )
-def test_bad_batches(batch: Any, message: str) -> None:
+@pytest.mark.parametrize("tier", ["portable", "torch"])
+def test_bad_batches(batch: Any, message: str, tier: str) -> None:
+    engine = load(wide_model(), tier=tier)
     with pytest.raises(InvalidData, match=message):
-        load(wide_model())(batch)
+        engine(batch)
+    with pytest.raises(InvalidData, match="types go from 0 to 1"):
+        engine.encoded(torch.tensor([5, 6]), torch.tensor([2]), torch.tensor([0, 2]))
 
 
 def test_what_cannot_be_run_is_refused() -> None:

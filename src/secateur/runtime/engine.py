@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -113,9 +113,10 @@ class Engine:
         Returns:
             (examples, classes), or (tokens, classes) of a classifier of tokens.
         """
-        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        torch.cumsum(lengths, 0, out=starts[1:])
-        hidden = self._embedded(ids, starts, lengths, types)
+        starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
+        hidden = self.encoder.embed(ids, starts, types, self.threads)
+        if (project := self.plan.project) is not None:
+            hidden = functional.linear(hidden, project.weight, project.bias)
         self.encoder.run(hidden, starts, self.threads)
         return _head(self.plan.head, hidden[starts[:-1].long()] if self.plan.head.first else hidden)
 
@@ -155,26 +156,7 @@ class Engine:
             longest = min(self.plan.longest, token_limit(self.tokenizer, None))
             found = self.tokenizer(rows, truncation=True, max_length=longest)
             return found["input_ids"], found.get("token_type_ids") if self.plan.types is not None else None
-        ids = [[int(i) for i in row] for row in rows]
-        self._check(ids)
-        return ids, None
-
-    def _check(self, ids: list[list[int]]) -> None:
-        for row in ids:
-            if not 0 < len(row) <= self.plan.longest:
-                raise InvalidData(f"An example has 1 to {self.plan.longest} tokens, not {len(row)}.")
-            if min(row) < 0 or max(row) >= len(self.plan.words):
-                raise InvalidData(f"Token ids go from 0 to {len(self.plan.words) - 1}.")
-
-    def _embedded(self, ids: Tensor, starts: Tensor, lengths: Tensor, types: Tensor | None) -> Tensor:
-        """Embeddings (tokens, hidden), normalised."""
-        plan = self.plan
-        place = torch.arange(len(ids)) - starts[:-1].long().repeat_interleave(lengths) + plan.offset
-        found = functional.embedding(ids, plan.words) + functional.embedding(place, plan.positions)
-        if plan.types is not None:
-            found += plan.types[0] if types is None else functional.embedding(types, plan.types)
-        found = functional.layer_norm(found, found.shape[-1:], plan.norm.weight, plan.norm.bias, plan.epsilon)
-        return found if plan.project is None else functional.linear(found, plan.project.weight, plan.project.bias)
+        return [[int(i) for i in row] for row in rows], None
 
 
 def _head(head: Head, hidden: Tensor) -> Tensor:
@@ -195,6 +177,10 @@ class Encoder(Protocol):
 
     tier: str
     bytes: int
+
+    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """Embeddings (tokens, width), normalised, of ids that lie one behind the other."""
+        ...
 
     def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
         """Embeddings (tokens, hidden) to hidden states, in place; example i has tokens starts[i] to starts[i + 1]."""
@@ -218,6 +204,16 @@ def _encoder(plan: Plan, precision: Precision, tier: str | None) -> Encoder:
         return TorchEncoder(plan)
 
 
+def _out_of_range(plan: Plan, what: int) -> InvalidData:
+    """What a batch has that the model does not read: 1 an id, 2 an example's length, 3 a token type."""
+    if what == 2:
+        return InvalidData(f"An example has 1 to {plan.longest} tokens: cut it, or leave empty ones out.")
+    name, table = ("Token ids", plan.words) if what == 1 else ("Token types", plan.types)
+    return InvalidData(
+        f"{name} go from 0 to {len(table) - 1 if table is not None else 0}: is this the model's tokenizer?"
+    )
+
+
 class TorchEncoder:
     """The layers in torch and fp32, maps over all tokens at once: a reference for the native ones."""
 
@@ -227,6 +223,26 @@ class TorchEncoder:
         self.plan = plan
         maps = [m for layer in plan.layers for m in (layer.qkv, layer.out, layer.up, layer.down) if m is not None]
         self.bytes = sum(m.weight.nbytes for m in maps)
+
+    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """See `Encoder`."""
+        plan, lengths = self.plan, starts.diff()
+        for number, (values, least, most) in enumerate(
+            (
+                (ids, 0, len(plan.words)),
+                (lengths, 1, plan.longest + 1),
+                (types, 0, 0 if plan.types is None else len(plan.types)),
+            ),
+            1,
+        ):
+            if values is not None and len(values) and not (values.min() >= least and values.max() < most):
+                raise _out_of_range(plan, number)
+        first = starts[:-1].repeat_interleave(lengths)
+        found = functional.embedding(ids, plan.words)
+        found += functional.embedding(torch.arange(len(ids)) - first + plan.offset, plan.positions)
+        if plan.types is not None:
+            found += plan.types[0] if types is None else functional.embedding(types, plan.types)
+        return functional.layer_norm(found, found.shape[-1:], plan.norm.weight, plan.norm.bias, plan.epsilon)
 
     def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
         """See `Encoder`; threads are torch's."""
@@ -300,6 +316,14 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Tables(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("words", "positions", "types")),
+        *((name, ctypes.c_int32) for name in ("vocabulary", "places", "kinds", "width", "offset")),
+        ("norm", _Norm),
+    ]
+
+
 class _Config(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("hidden", "layers", "activation", "precision", "tier", "reach")]
 
@@ -330,21 +354,58 @@ class NativeEncoder:
             raise SecateurError(
                 f"The native engine cannot be made: {why.value.decode()} (the best tier here is {best})."
             )
-        self.hidden = plan.hidden
+        types = plan.types
+        self._plan = plan  # whose tables are read
+        self._tables = _Tables(
+            plan.words.data_ptr(),
+            plan.positions.data_ptr(),
+            None if types is None else types.data_ptr(),
+            len(plan.words),
+            len(plan.positions),
+            0 if types is None else len(types),
+            plan.words.shape[1],
+            plan.offset,
+            _norm(plan.norm, plan.epsilon),
+        )
         self.tier = TIERS[self._library.sec_tier(self._handle)]
         self.bytes = int(self._library.sec_bytes(self._handle))
 
+    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """See `Encoder`."""
+        found = torch.empty(len(ids), self._tables.width)
+        with self._call():
+            wrong = self._library.sec_embed(
+                self._handle,
+                ctypes.byref(self._tables),
+                _pointer(ids),
+                _pointer(types),
+                _pointer(starts),
+                len(starts) - 1,
+                _pointer(found),
+                threads,
+            )
+        if wrong:
+            raise _out_of_range(self._plan, wrong)
+        return found
+
     def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
         """See `Encoder`."""
+        with self._call():
+            failed = self._library.sec_run(
+                self._handle, _pointer(hidden), _pointer(starts), len(starts) - 1, max(1, threads)
+            )
+        if failed:
+            raise SecateurError("There is not enough memory for this batch: give fewer examples at a time.")
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Within the context the engine stays open."""
         with self._lock:
             if not self._open:
                 raise SecateurError("The engine is closed: load it again.")
             self._calls += 1
         try:
-            places = np.ascontiguousarray(starts.numpy(), dtype=np.int32)
-            pointers = ctypes.c_void_p(hidden.data_ptr()), ctypes.c_void_p(places.ctypes.data)
-            if self._library.sec_run(self._handle, *pointers, len(places) - 1, max(1, threads)):
-                raise SecateurError("There is not enough memory for this batch: give fewer examples at a time.")
+            yield
         finally:
             with self._lock:
                 self._calls -= 1
@@ -361,6 +422,10 @@ class NativeEncoder:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) and self._open:
             self.close()
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _packed(layer: LayerPlan, epsilon: float) -> _Layer:

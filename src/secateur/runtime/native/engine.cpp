@@ -11,6 +11,10 @@
 #include "kernels.h"
 #include "secateur.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+
 #if defined(SEC_AVX2) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -20,6 +24,7 @@
 namespace secateur {
 namespace {
 
+constexpr size_t LARGE = 1 << 21;  // bytes of a large page
 constexpr int CHUNK = 256;  // tokens of whole examples that go through the layers together, so that they stay in cache
 
 struct Freed {
@@ -28,8 +33,12 @@ struct Freed {
 using Memory = std::unique_ptr<char, Freed>;
 
 Memory allocate(size_t bytes) {
-    void* found = aligned_alloc(64, (bytes + SLACK + 63) / 64 * 64);
+    const size_t page = bytes >= LARGE ? LARGE : 64;
+    void* found = aligned_alloc(page, (bytes + SLACK + page - 1) / page * page);
     if (found == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (page == LARGE) madvise(found, bytes, MADV_HUGEPAGE);  // weights are read from end to end: fewer page walks
+#endif
     return Memory(static_cast<char*>(found));
 }
 
@@ -115,6 +124,8 @@ struct sec_encoder {
     const Kernels* kernels;
     std::vector<Layer> layers;
     std::vector<Memory> held;
+    char* free_from = nullptr;
+    size_t left = 0;
     int64_t bytes = 0;
     int widest = 0, deepest = 0, widest_context = 0, widest_head = 0;
     std::mutex lock;
@@ -145,10 +156,20 @@ struct sec_encoder {
         return map;
     }
 
+    // Memory for the encoder's life, from blocks of large pages.
     void* hold(size_t size) {
-        held.push_back(allocate(size));
+        size = (size + 63) / 64 * 64;
         bytes += (int64_t)size;
-        return held.back().get();
+        if (size > left) {
+            const size_t block = size > 4 * LARGE ? size : 4 * LARGE;
+            held.push_back(allocate(block));
+            free_from = held.back().get();
+            left = block;
+        }
+        char* found = free_from;
+        free_from += size;
+        left -= size;
+        return found;
     }
 
     Norm norm_of(const sec_norm& given) const {
@@ -271,6 +292,30 @@ sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* w
 void sec_close(sec_encoder* encoder) { delete encoder; }
 int32_t sec_tier(const sec_encoder* encoder) { return encoder->tier; }
 int64_t sec_bytes(const sec_encoder* encoder) { return encoder->bytes; }
+
+int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
+                  const int32_t* starts, int32_t examples, float* x, int32_t threads) {
+    const int width = tables->width;
+    for (int32_t i = 0; i < examples; i++) {
+        const int32_t tokens = starts[i + 1] - starts[i];
+        if (tokens < 1 || tokens + tables->offset > tables->places) return 2;
+        for (int32_t t = starts[i]; t < starts[i + 1]; t++) {
+            if (ids[t] < 0 || ids[t] >= tables->vocabulary) return 1;
+            float* row = x + (size_t)t * width;
+            const float* word = tables->words + (size_t)ids[t] * width;
+            const float* place = tables->positions + (size_t)(t - starts[i] + tables->offset) * width;
+            for (int k = 0; k < width; k++) row[k] = word[k] + place[k];
+            if (tables->types == nullptr) continue;
+            const int64_t kind = types == nullptr ? 0 : types[t];
+            if (kind < 0 || kind >= tables->kinds) return 3;
+            const float* type = tables->types + (size_t)kind * width;
+            for (int k = 0; k < width; k++) row[k] += type[k];
+        }
+    }
+    const sec_norm& norm = tables->norm;
+    encoder->kernels->add_norm(x, nullptr, nullptr, starts[examples], width, norm.gain, norm.shift, norm.epsilon, threads);
+    return 0;
+}
 
 int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads) {
     try {

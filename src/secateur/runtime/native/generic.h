@@ -60,6 +60,13 @@ SEC_INLINE vf nearest(vf a) {  // ties to even, for |a| below 2^22
     const vf magic = splat(12582912.0f);
     return (a + magic) - magic;
 }
+SEC_INLINE vi whole(vf a) {  // to the nearest, ties to even
+#ifdef __AVX512F__
+    return (vi)_mm512_cvtps_epi32((__m512)a);
+#else
+    return __builtin_convertvector(nearest(a), vi);
+#endif
+}
 SEC_INLINE float total(vf a) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)a);
@@ -123,20 +130,17 @@ SEC_INLINE vf gelu_tanh(vf x) {
     return x / (1.0f + exponential(-u));
 }
 
-// For results that are kept in bfloat16: relative errors below 1e-5.
-SEC_INLINE vf exponential_short(vf x) {
-    const vf inside = larger(x, splat(-87.0f));
+// For results that are kept in bfloat16: 2^t with a relative error below 1e-4; t is at most 127.
+SEC_INLINE vf power_short(vf t) {
 #ifdef __AVX512F__
-    const vf t = inside * 1.44269504f;
     const vf n = (vf)_mm512_roundscale_ps((__m512)t, 8);
 #else
-    const vf t = smaller(inside, splat(88.0f)) * 1.44269504f;
+    t = larger(t, splat(-126.0f));
     const vf n = nearest(t);
 #endif
     const vf f = t - n;
-    vf p = splat(9.61812910e-3f);
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
+    vf p = splat(5.54880530e-2f);
+    p = p * f + 2.42296219e-1f;
     p = p * f + 6.93147182e-1f;
     p = p * f + 1.0f;
 #ifdef __AVX512F__
@@ -145,17 +149,19 @@ SEC_INLINE vf exponential_short(vf x) {
     return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 #endif
 }
+constexpr float LOG2_E = 1.44269504f;
 
-// x / (1 + e^-u) with u(x) fitted to the logit of Φ: absolute error below 3e-5 max(1, |x|).
+// x / (1 + e^-u) with u(x) fitted to the logit of Φ: absolute error below 1e-4 max(1, |x|).
 SEC_INLINE vf gelu_short(vf x) {
     const vf square = smaller(x * x, splat(64.0f));
-    const vf u = x * (1.59501564f + square * (7.40114011e-2f - square * 7.03050432e-4f));
-    return x * inverse_of(1.0f + exponential_short(smaller(-u, splat(80.0f))));
+    const vf slope = square * (7.03050432e-4f * LOG2_E) - 7.40114011e-2f * LOG2_E;
+    const vf t = x * (square * slope - 1.59501564f * LOG2_E);
+    return x * inverse_of(1.0f + power_short(smaller(t, splat(120.0f))));
 }
 
 SEC_INLINE vf gelu_tanh_short(vf x) {
-    const vf u = x * (1.5957691216f + 0.0713548162726f * x * x);
-    return x * inverse_of(1.0f + exponential_short(smaller(-u, splat(80.0f))));
+    const vf t = x * (-1.5957691216f * LOG2_E - 0.0713548162726f * LOG2_E * x * x);
+    return x * inverse_of(1.0f + power_short(smaller(t, splat(120.0f))));
 }
 
 template <Activation A, bool HALF>
@@ -249,7 +255,7 @@ SEC_INLINE void quantise(const From* from, int count, int deep, float factor, in
             for (int i = k; i < count; i++) held[i - k] = one(from + i);
             x = load(held);
         }
-        vi levels = __builtin_convertvector(nearest(x * factor), vi) + offset;
+        vi levels = whole(x * factor) + offset;
         *(vb*)at(k) = __builtin_convertvector(levels, vb);
     }
 }
@@ -404,10 +410,10 @@ struct AttentionRun {
 
     // The same from scores that are not scaled yet, into bfloat16.
     [[maybe_unused]] float softmax_short(float* row, uint16_t* into, int tokens, int padded, int h, int query) const {
-        float scaling = what.scaling;
+        float scaling = what.scaling * LOG2_E;
         if (what.relative != nullptr) {
-            for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scaling);
-            scaling = 1;
+            for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * what.scaling);
+            scaling = LOG2_E;
         }
         place(row, tokens, padded, h, query);
         vf high = splat(-INFINITY);
@@ -415,7 +421,7 @@ struct AttentionRun {
         const float top = highest(high) * scaling;
         vf sum = {};
         for (int j = 0; j < padded; j += LANES) {
-            vf found = exponential_short(load(row + j) * scaling - top);
+            vf found = power_short(larger(load(row + j) * scaling - top, splat(-126.0f)));
             store(into + j, found);
             sum += found;
         }

@@ -42,6 +42,14 @@ typedef struct {
     int32_t reach;       // of relative positions
 } sec_config;
 
+// Tables of embeddings, rows of `width`, and the norm of their sum. `types` may be null.
+typedef struct {
+    const float *words, *positions, *types;
+    int32_t vocabulary, places, kinds;  // rows of each
+    int32_t width, offset;              // the first token's position
+    sec_norm norm;
+} sec_tables;
+
 SEC_API int32_t sec_version(void);
 // The best tier that this build and this machine have.
 SEC_API int32_t sec_best_tier(void);
@@ -50,6 +58,10 @@ SEC_API sec_encoder* sec_open(const sec_config* config, const sec_layer* layers,
 SEC_API void sec_close(sec_encoder* encoder);
 SEC_API int32_t sec_tier(const sec_encoder* encoder);
 SEC_API int64_t sec_bytes(const sec_encoder* encoder);
+// x: tokens x width, of ids that lie one behind the other; `types` holds each token's, or is null where all are 0.
+// 0, or what is out of range: 1 an id, 2 an example's length, 3 a type.
+SEC_API int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
+                          const int32_t* starts, int32_t examples, float* x, int32_t threads);
 // x: embeddings in, hidden states out, tokens x hidden; example i has the tokens starts[i] to starts[i + 1].
 // 0, or 1 where memory is short. Several threads may run one encoder at a time.
 SEC_API int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads);
