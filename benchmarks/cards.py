@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import engines
 import late_quality
 import late_scores
 import nas_quality
@@ -133,6 +134,12 @@ def bit_start() -> str:
     return "\n".join(lines)
 
 
+def engines_table() -> str:
+    """Engines side by side."""
+    record = results("engines")
+    return engines.table(record) if record else ""
+
+
 def nas_tables() -> str:
     """Fronts by setting, and rivals at as many parameters."""
     records = [record for task in ("stsb", "sst2") if (record := results(f"nas_quality_{task}"))]
@@ -166,6 +173,7 @@ BLOCKS = {
     },
     "methods/mgpp.md": {"quality": partial(trained, "mgpp", "sparsity", "{:g} %"), "latency": mgpp_latency},
     "methods/nas.md": {"quality": nas_tables},
+    "runtime.md": {"engines": engines_table},
     "methods/bit.md": {"quality": partial(trained, "bit", "bits", "A{:g}"), "start": bit_start},
 }
 

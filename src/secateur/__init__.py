@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import secateur.hub as _plug_in  # noqa: F401  (registers with transformers)
 
 if TYPE_CHECKING:
-    from secateur import families
-    from secateur.api import compress, dial, evaluate, export, finetune, measure, run_recipe, search
+    from secateur import families, runtime
+    from secateur.api import compare_engines, compress, dial, evaluate, export, finetune, measure, run_recipe, search
     from secateur.binary import binarize
     from secateur.bits.integer import packed_twin
     from secateur.edits import DropTokens, Slice, apply_edits
@@ -53,6 +53,7 @@ _HOME = {
     "apply_edits": "edits",
     "binarize": "binary",
     "choose_kernels": "runtime",
+    "compare_engines": "api",
     "compress": "api",
     "dial": "api",
     "evaluate": "api",
@@ -88,6 +89,7 @@ __all__ = [
     "apply_edits",
     "binarize",
     "choose_kernels",
+    "compare_engines",
     "compress",
     "dial",
     "evaluate",
@@ -99,6 +101,7 @@ __all__ = [
     "measure",
     "packed_twin",
     "run_recipe",
+    "runtime",
     "search",
     "slice_zeros",
     "sparsify",
@@ -106,8 +109,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "families":
-        return import_module("secateur.families")
+    if name in ("families", "runtime"):
+        return import_module(f"secateur.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'secateur' has no attribute '{name}'")
     value = getattr(import_module(f"secateur.{_HOME[name]}"), name)

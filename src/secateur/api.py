@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.comparing import compare_engines
 from secateur.composing import run_recipe
 from secateur.compressing import compress, plan
 from secateur.costs.analytic import macs
@@ -29,7 +30,18 @@ from secateur.tasks import Evaluation, check_labels, load_task
 from secateur.tasks import evaluate as evaluate_model
 from secateur.train import finetune
 
-__all__ = ["compress", "dial", "evaluate", "export", "finetune", "measure", "plan", "run_recipe", "search"]
+__all__ = [
+    "compare_engines",
+    "compress",
+    "dial",
+    "evaluate",
+    "export",
+    "finetune",
+    "measure",
+    "plan",
+    "run_recipe",
+    "search",
+]
 
 SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0, 4.8)
 """Settings of a dial that its table shows."""

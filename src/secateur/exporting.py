@@ -61,7 +61,7 @@ class Format:
     config: str
     file: str
     runtime: str
-    open: Callable[[Path], Run]
+    open: Callable[..., Run]
 
 
 def export(
@@ -209,8 +209,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.cpu().double()).abs().max())
 
 
-def _open_onnx(path: Path) -> Run:
-    session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+def _open_onnx(path: Path, *, exact: bool = True) -> Run:
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     inputs = [port.name for port in session.get_inputs()]
     outputs = [port.name for port in session.get_outputs()]
 
@@ -221,9 +224,11 @@ def _open_onnx(path: Path) -> Run:
     return run
 
 
-def _open_openvino(path: Path) -> Run:
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default it computes in bfloat16 where the processor can
-    compiled = importlib.import_module("openvino").Core().compile_model(str(path), "CPU", exact)
+def _open_openvino(path: Path, *, exact: bool = True) -> Run:
+    options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    if exact:  # by default it computes in bfloat16 where the processor can
+        options["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = importlib.import_module("openvino").Core().compile_model(str(path), "CPU", options)
     inputs = [port.get_any_name() for port in compiled.inputs]
 
     def run(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
 
 import secateur
+from secateur.cli import app
 from secateur.errors import InvalidData, SecateurError, UnsupportedModel
 from secateur.families import FAMILIES
-from secateur.runtime import build, load
-from secateur.runtime.engine import Precision
+from secateur.runtime import Precision, build, load
 from secateur.runtime.plan import FAMILIES as PLANNED
 from tests.conftest import tiny_batch, tiny_model
 from tests.contract.test_bypass import cut_out
@@ -269,3 +270,26 @@ def test_what_cannot_be_run_is_refused() -> None:
         load(wide_model(), "fp8")  # type: ignore[arg-type]
     with pytest.raises(SecateurError, match="hidden size is not a multiple of 16"):
         load(wide_model(hidden_size=36, num_attention_heads=2), tier="portable")
+
+
+def test_engines_side_by_side(tmp_path: Path) -> None:
+    """torch, the native engine and an ONNX file say the same; the first one's ratio is 1."""
+    model = wide_model(max_position_embeddings=64)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = secateur.compare_engines(tmp_path, ["torch", "native", "onnx"], tokens=12, seconds=0.05)
+    rows = found["engines"]
+    names = [name.partition(" (")[0] for name in rows]
+    assert names[0] == "torch float32"
+    assert set(names) >= {"native fp32", "native bf16", "native int8", "onnx"}
+    assert rows["torch float32"]["ratio"] == 1
+    assert all(row["cosine"] > 0.999 and row["latency_ms"]["n"] >= 10 for row in rows.values())
+    assert (found["batch"], found["tokens"]) == (1, 12)
+    shown = CliRunner().invoke(
+        app, ["measure", str(tmp_path), "--engine", "native", "--tokens", "9", "--seconds", "0.1"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert len(shown.stdout.splitlines()) == 4
+    for names, message in (((), "at least one engine"), (["tflite"], "not 'tflite'")):
+        with pytest.raises(SecateurError, match=message):
+            secateur.compare_engines(tmp_path, names)

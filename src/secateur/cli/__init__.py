@@ -243,6 +243,10 @@ def measure(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Time it with sparse kernels too, chosen by measuring them here.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Compare engines instead, in turns: some of torch,native,onnx,openvino, the first is 1."),
+    ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -251,6 +255,11 @@ def measure(
     from secateur.hub import open_any
 
     use_threads(threads)
+    if engine is not None:
+        names = [name.strip() for name in engine.split(",") if name.strip()]
+        found = api.compare_engines(model, names, batch=batch, tokens=tokens or 128, seconds=seconds)
+        show(found, as_json, lambda: _print_engines(found))
+        return
     net = open_any(model)
 
     def at(wanted: float | None) -> dict[str, Any]:
@@ -365,6 +374,16 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_engines(found: dict[str, Any]) -> None:
+    setting = "{batch} x {tokens} tokens, {threads} threads".format(**found)
+    typer.echo(f"{setting}; how many times as fast as the first, and the cosine of its logits and torch's")
+    for name, row in found["engines"].items():
+        times = row["latency_ms"]
+        typer.echo(
+            f"{name:24} {times['median']:9.2f} ms (p90 {times['p90']:.2f})  {row['ratio']:5.2f}x  {row['cosine']:.5f}"
+        )
 
 
 def _show_settings(at: Callable[[float | None], dict[str, Any]], speedups: list[float] | None, as_json: bool) -> None:

@@ -1,0 +1,106 @@
+"""Engines side by side: the same inputs through torch, the native engine and exported files, timed in turns."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.costs.inputs import dummy_inputs
+from secateur.costs.machine import fingerprint
+from secateur.costs.timers import sample, summarise
+from secateur.errors import SecateurError
+from secateur.exporting import FORMATS, export, input_names
+from secateur.hub import open_any, open_tokenizer
+from secateur.runtime import Precision, load
+from secateur.train import bf16_pays
+
+ENGINES = ("torch", "native", *FORMATS)
+
+
+def compare_engines(
+    source: str | Path,
+    engines: Sequence[str] = ("torch", "native"),
+    *,
+    batch: int = 1,
+    tokens: int = 128,
+    seconds: float = 6.0,
+) -> dict[str, Any]:
+    """Time what can run a model, in turns, and compare what they say.
+
+    Args:
+        source: a folder or a hub id of a classifier.
+        engines: of "torch" (float32, and bfloat16 where the hardware has it), "native" (fp32, bf16, int8), "onnx"
+            (ONNX Runtime, fp32) and "openvino" (in the precision that it takes here by itself).
+        batch: examples per pass.
+        tokens: tokens per example.
+        seconds: how long to time all of them together.
+
+    Returns:
+        For each, under `engines`: `latency_ms` (median, p90, n), `ratio` (milliseconds of the first one over these)
+        and `cosine`, that of its logits and those of torch in float32; and the setting and the machine.
+
+    Raises:
+        SecateurError: an unknown engine, or one that cannot run the model.
+    """
+    if unknown := [name for name in engines if name not in ENGINES]:
+        raise SecateurError(f"Engines are {', '.join(ENGINES)}, not '{unknown[0]}'.")
+    if not engines:
+        raise SecateurError(f"Name at least one engine of {', '.join(ENGINES)}.")
+    model = open_any(source).eval()
+    inputs = dummy_inputs(model, batch, tokens)
+    with tempfile.TemporaryDirectory() as spare, torch.inference_mode():
+        wanted: Tensor = model(**inputs).logits
+        runners: dict[str, Callable[[], Tensor]] = {}
+        for name in dict.fromkeys(engines):
+            runners |= _runners(name, source, model, inputs, Path(spare))
+        cosines = {name: _cosine(run(), wanted) for name, run in runners.items()}
+        times = sample(runners, seconds, min_runs=10)
+    timings = {name: summarise(found, model, batch, tokens) for name, found in times.items()}
+    first = next(iter(timings.values())).median
+    rows = {
+        name: {
+            "latency_ms": {key: getattr(timing, key) for key in ("median", "p90", "n")},
+            "ratio": first / timing.median,
+            "cosine": cosines[name],
+        }
+        for name, timing in timings.items()
+    }
+    setting = {"batch": batch, "tokens": tokens, "threads": torch.get_num_threads()}
+    return {"engines": rows, **setting, "machine": fingerprint()}
+
+
+def _runners(
+    name: str, source: str | Path, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path
+) -> dict[str, Callable[[], Tensor]]:
+    """What an engine has to offer, as functions that give logits."""
+    if name == "torch":
+        found: dict[str, Callable[[], Tensor]] = {"torch float32": lambda: model(**inputs).logits}
+        if bf16_pays():
+            half = copy.deepcopy(model).bfloat16()
+            found["torch bfloat16"] = lambda: half(**inputs).logits
+        return found
+    if name == "native":
+        ids = inputs["input_ids"]
+        lengths = torch.full((len(ids),), ids.shape[1])
+        made = [load(model, each) for each in get_args(Precision)]
+        return {
+            f"native {engine.precision} ({engine.encoder.tier})": partial(engine.encoded, ids.flatten(), lengths)
+            for engine in made
+        }
+    words = open_tokenizer(source)
+    file = export(model, folder / name, name, tokenizer=words) / FORMATS[name].file
+    run = FORMATS[name].open(file, exact=False)
+    given = {key: inputs.get(key, torch.zeros_like(inputs["input_ids"])) for key in input_names(model, words)}
+    return {name: lambda: run(given)["logits"]}
+
+
+def _cosine(found: Tensor, wanted: Tensor) -> float:
+    return float(torch.cosine_similarity(found.double().flatten(), wanted.double().flatten(), dim=0))
