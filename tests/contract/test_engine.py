@@ -132,6 +132,17 @@ def test_tokens_are_classified(tier: str) -> None:
         assert (logits - alone(model, [row])[0]).abs().max() <= 1e-4
 
 
+def test_zeros_are_weights_like_any() -> None:
+    model: Any = tiny_model("bert")
+    for parameter in model.bert.encoder.parameters():
+        if parameter.dim() > 1:
+            with torch.no_grad():
+                parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.3)
+    secateur.sparsify(model)
+    rows = examples([3, 20])
+    assert (load(model, "fp32")(rows) - alone(model, rows)).abs().max() <= 1e-4
+
+
 def test_texts_and_pairs(tmp_path: Path) -> None:
     """A folder reads its own tokenizer; the second text of a pair has the second token type."""
     model: Any = tiny_model("bert")
@@ -241,6 +252,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
         (["a text"], "need a tokenizer"),
         ([[5], []], "1 to 512 tokens"),
         ([[5] * 513], "1 to 512 tokens"),
+        ([[5, 6, 0, 0]], r"Leave padding \(0\) out"),
         ([[5, 99]], "ids go from 0 to 98"),
         ([[-1]], "ids go from 0 to 98"),
     ],
@@ -264,7 +276,7 @@ def test_what_cannot_be_run_is_refused() -> None:
         load(wide_model().bert)
     binary: Any = tiny_model("bert")
     secateur.binarize(binary, [tiny_batch("bert")])
-    with pytest.raises(UnsupportedModel, match="not what binarize made"):
+    with pytest.raises(UnsupportedModel, match="what the edit binarize made"):
         load(binary)
     with pytest.raises(SecateurError, match="A precision is fp32, bf16, int8"):
         load(wide_model(), "fp8")  # type: ignore[arg-type]

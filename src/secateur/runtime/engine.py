@@ -156,7 +156,10 @@ class Engine:
             longest = min(self.plan.longest, token_limit(self.tokenizer, None))
             found = self.tokenizer(rows, truncation=True, max_length=longest)
             return found["input_ids"], found.get("token_type_ids") if self.plan.types is not None else None
-        return [[int(i) for i in row] for row in rows], None
+        ids = [[int(i) for i in row] for row in rows]
+        if any(self.plan.padding in row for row in ids):
+            raise InvalidData(f"Leave padding ({self.plan.padding}) out: examples have the lengths that they have.")
+        return ids, None
 
 
 def _head(head: Head, hidden: Tensor) -> Tensor:
@@ -265,13 +268,24 @@ class TorchEncoder:
             return hidden[:, :0]
         qkv = _mapped(hidden, layer.qkv).view(len(hidden), 3, layer.heads, layer.width)
         parts = [part.permute(1, 2, 0, 3) for part in qkv.split(lengths)]
-        found = [functional.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in parts]
+        found = [
+            functional.scaled_dot_product_attention(q[None], k[None], v[None], _bias(layer, q.shape[1]))[0]
+            for q, k, v in parts
+        ]
         return torch.cat([part.transpose(0, 1).flatten(1) for part in found])
 
     def _settle(self, hidden: Tensor, added: Tensor, norm: Affine) -> None:
         hidden.copy_(
             functional.layer_norm(hidden + added, hidden.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
         )
+
+
+def _bias(layer: LayerPlan, tokens: int) -> Tensor | None:
+    """What is added to scores, (1, heads, queries, keys)."""
+    if layer.relative is None:
+        return None
+    place = torch.arange(tokens)
+    return layer.relative[:, place[None] - place[:, None] + layer.relative.shape[1] // 2][None]
 
 
 def _mapped(x: Tensor, affine: Affine) -> Tensor:
@@ -344,7 +358,7 @@ class NativeEncoder:
             _ACTIVATIONS[plan.activation],
             get_args(Precision).index(precision),
             -1 if tier is None else TIERS.index(tier),
-            0,
+            next((each.relative.shape[1] // 2 for each in plan.layers if each.relative is not None), 0),
         )
         layers = (_Layer * max(len(plan.layers), 1))(*(_packed(layer, plan.epsilon) for layer in plan.layers))
         why = ctypes.create_string_buffer(200)
@@ -437,7 +451,7 @@ def _packed(layer: LayerPlan, epsilon: float) -> _Layer:
         int(layer.out is None),
         int(layer.down is None),
         width**-0.5 if width else 0.0,
-        None,
+        None if layer.relative is None else layer.relative.data_ptr(),
         *(_map(each) for each in (layer.qkv, layer.out, layer.up, layer.down)),
         *(_norm(each, epsilon) for each in (layer.after_attention, layer.after_feed_forward)),
     )

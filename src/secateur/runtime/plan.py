@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.edits import Bypass, Slice
+from secateur.edits import Bypass, Slice, Sparsify
 from secateur.errors import UnsupportedModel
 from secateur.families import Site, sites
 from secateur.hub import edits_of
+from secateur.quirks import KEPT_HEADS
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -50,6 +51,7 @@ class LayerPlan:
         down: out of them; None if the block is bypassed.
         after_attention: norm; None if the block is bypassed.
         after_feed_forward: norm; None if the block is bypassed.
+        relative: (heads, 2 R + 1), added to scores where a key is -R to R tokens behind its query; None without.
     """
 
     heads: int
@@ -61,6 +63,7 @@ class LayerPlan:
     down: Affine | None
     after_attention: Affine | None
     after_feed_forward: Affine | None
+    relative: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Plan:
         hidden: width of the residual stream.
         words, positions, types: tables of the embeddings; types is None without token types.
         offset: the first token's position.
+        padding: the token that fills batches up, which an engine is not given; None if there is none.
         norm: of the embeddings.
         project: from the embeddings' width to the hidden one, where they differ.
         epsilon: of all norms.
@@ -99,6 +103,7 @@ class Plan:
     positions: Tensor
     types: Tensor | None
     offset: int
+    padding: int | None
     norm: Affine
     project: Affine | None
     epsilon: float
@@ -112,7 +117,7 @@ class Plan:
         return len(self.positions) - self.offset
 
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
 """Names of the families, of the table, that there is a plan of."""
 
 
@@ -120,7 +125,8 @@ def plan_of(model: PreTrainedModel) -> Plan:
     """The plan of a model.
 
     Args:
-        model: a classifier of sequences or tokens whose family is in `FAMILIES`, dense, sliced or bypassed.
+        model: a classifier of sequences or tokens whose family is in `FAMILIES`, dense, sliced, bypassed, or sparse,
+            whose zeros are weights like any.
 
     Raises:
         UnsupportedModel: another architecture, head, activation or edit.
@@ -131,8 +137,8 @@ def plan_of(model: PreTrainedModel) -> Plan:
         raise UnsupportedModel(
             f"The engine runs {', '.join(FAMILIES)}, not {name}: use the model itself, or export it."
         )
-    if other := [edit.type for edit in edits_of(model) if not isinstance(edit, (Slice, Bypass))]:
-        raise UnsupportedModel(f"The engine runs dense and sliced models so far, not what {other[0]} made.")
+    if other := [edit.type for edit in edits_of(model) if not isinstance(edit, (Slice, Bypass, Sparsify))]:
+        raise UnsupportedModel(f"The engine does not run what the edit {other[0]} made: use the model itself.")
     config, body = model.config, cast(PreTrainedModel, model.base_model)
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
     if activation not in ACTIVATIONS:
@@ -146,6 +152,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
     if len(epsilons) != 1:
         raise UnsupportedModel("The engine takes one epsilon for all norms.")
     project = getattr(body, "embeddings_project", None)
+    positional = _relative(body, len(cast(Tensor, positions.weight))) if name == "mpnet" else None
     pairs = zip(found.heads, found.neurons, strict=True)
     return Plan(
         hidden=int(getattr(config, "hidden_size", None) or config.dim),
@@ -153,24 +160,33 @@ def plan_of(model: PreTrainedModel) -> Plan:
         positions=_kept(cast(Tensor, positions.weight)),
         types=_kept(types.weight) if types is not None else None,
         offset=cast(int, words.padding_idx) + 1 if name in _SHIFTED else 0,
+        padding=config.pad_token_id,
         norm=_affine(norm),
         project=_affine(project) if project is not None else None,
         epsilon=epsilons.pop(),
         activation=ACTIVATIONS[activation],
-        layers=tuple(_layer(heads, neurons) for heads, neurons in pairs),
+        layers=tuple(_layer(heads, neurons, positional) for heads, neurons in pairs),
         head=_head(model),
     )
 
 
-_SHIFTED = ("roberta", "xlm-roberta", "camembert")  # positions count from behind the padding's
+_SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions count from behind the padding's
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "LayerNorm")
 
 
-def _layer(heads: Site, neurons: Site) -> LayerPlan:
+def _relative(body: PreTrainedModel, reach: int) -> Tensor:
+    """The bias of MPNet's heads, (heads, 2 R + 1), where a key is -R to R tokens behind its query."""
+    encoder: Any = body.get_submodule("encoder")
+    apart = torch.arange(-reach, reach + 1)
+    return _kept(encoder.relative_attention_bias.weight[encoder.relative_position_bucket(apart)].T)
+
+
+def _layer(heads: Site, neurons: Site, positional: Tensor | None) -> LayerPlan:
     maps = [module for module, cut in heads.cuts if cut.side == "out"]
     (up,) = [module for module, cut in neurons.cuts if cut.side == "out"]
     qkv = [_affine(module) for module in maps]
     biases = [part.bias for part in qkv]
+    kept = getattr(heads.module, KEPT_HEADS, list(range(heads.units)))
     stacked = Affine(
         torch.cat([part.weight for part in qkv]),
         torch.cat(cast(list[Tensor], biases)) if None not in biases else None,
@@ -185,6 +201,7 @@ def _layer(heads: Site, neurons: Site) -> LayerPlan:
         down=_affine(neurons.output) if isinstance(neurons.norm, nn.LayerNorm) else None,
         after_attention=_affine(heads.norm) if isinstance(heads.norm, nn.LayerNorm) else None,
         after_feed_forward=_affine(neurons.norm) if isinstance(neurons.norm, nn.LayerNorm) else None,
+        relative=positional[kept].contiguous() if positional is not None and heads.units else None,
     )
 
 
@@ -195,6 +212,7 @@ _HEADS = {
     "ElectraForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "gelu"),
     "RobertaForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "tanh"),
     "XLMRobertaForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "tanh"),
+    "MPNetForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "tanh"),
     "CamembertForSequenceClassification": (("classifier.dense", "classifier.out_proj"), "tanh"),
 }
 
