@@ -207,7 +207,7 @@ def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> N
     def none() -> Any:
         raise build.NoCompiler("none")
 
-    monkeypatch.setattr("secateur.runtime.engine.library", none)
+    monkeypatch.setattr("secateur.runtime.binding.library", none)
     model, rows = wide_model(), examples([4, 9])
     engine = load(model, "fp32")
     assert engine.info()["tier"] == "torch"

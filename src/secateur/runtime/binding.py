@@ -1,0 +1,187 @@
+"""The layers of an encoder in C++, by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+from secateur.runtime.build import TIERS, library
+from secateur.runtime.encoder import out_of_range
+from secateur.runtime.plan import Affine, LayerPlan, Plan
+
+Precision = Literal["fp32", "bf16", "int8"]
+_ACTIVATIONS = {"gelu": 1, "relu": 2, "gelu_tanh": 3}
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_int32),
+        ("in_", ctypes.c_int32),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("gain", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("heads", ctypes.c_int32),
+        ("head_width", ctypes.c_int32),
+        ("neurons", ctypes.c_int32),
+        ("skip_attention", ctypes.c_int32),
+        ("skip_feed_forward", ctypes.c_int32),
+        ("scaling", ctypes.c_float),
+        ("relative", ctypes.c_void_p),
+        *((name, _Map) for name in ("qkv", "out", "up", "down")),
+        *((name, _Norm) for name in ("after_attention", "after_feed_forward")),
+    ]
+
+
+class _Tables(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("words", "positions", "types")),
+        *((name, ctypes.c_int32) for name in ("vocabulary", "places", "kinds", "width", "offset")),
+        ("norm", _Norm),
+    ]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("hidden", "layers", "activation", "precision", "tier", "reach")]
+
+
+class NativeEncoder:
+    """The layers in C++, with weights packed for the instructions of a tier.
+
+    Raises:
+        SecateurError: the library cannot be built, or this machine does not have the tier.
+    """
+
+    def __init__(self, plan: Plan, precision: Precision, tier: str | None) -> None:
+        self._library = library()
+        self._lock, self._calls, self._open = threading.Condition(), 0, True
+        config = _Config(
+            plan.hidden,
+            len(plan.layers),
+            _ACTIVATIONS[plan.activation],
+            get_args(Precision).index(precision),
+            -1 if tier is None else TIERS.index(tier),
+            next((each.relative.shape[1] // 2 for each in plan.layers if each.relative is not None), 0),
+        )
+        layers = (_Layer * max(len(plan.layers), 1))(*(_packed(layer, plan.epsilon) for layer in plan.layers))
+        why = ctypes.create_string_buffer(200)
+        self._handle = ctypes.c_void_p(self._library.sec_open(ctypes.byref(config), layers, why, len(why)))
+        if not self._handle:
+            best = TIERS[self._library.sec_best_tier()]
+            raise SecateurError(
+                f"The native engine cannot be made: {why.value.decode()} (the best tier here is {best})."
+            )
+        types = plan.types
+        self._plan = plan  # whose tables are read
+        self._tables = _Tables(
+            plan.words.data_ptr(),
+            plan.positions.data_ptr(),
+            None if types is None else types.data_ptr(),
+            len(plan.words),
+            len(plan.positions),
+            0 if types is None else len(types),
+            plan.words.shape[1],
+            plan.offset,
+            _norm(plan.norm, plan.epsilon),
+        )
+        self.tier = TIERS[self._library.sec_tier(self._handle)]
+        self.bytes = int(self._library.sec_bytes(self._handle))
+
+    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """See `Encoder`."""
+        found = torch.empty(len(ids), self._tables.width)
+        with self._call():
+            wrong = self._library.sec_embed(
+                self._handle,
+                ctypes.byref(self._tables),
+                _pointer(ids),
+                _pointer(types),
+                _pointer(starts),
+                len(starts) - 1,
+                _pointer(found),
+                threads,
+            )
+        if wrong:
+            raise out_of_range(self._plan, wrong)
+        return found
+
+    def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
+        """See `Encoder`."""
+        with self._call():
+            failed = self._library.sec_run(
+                self._handle, _pointer(hidden), _pointer(starts), len(starts) - 1, max(1, threads)
+            )
+        if failed:
+            raise SecateurError("There is not enough memory for this batch: give fewer examples at a time.")
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Within the context the engine stays open."""
+        with self._lock:
+            if not self._open:
+                raise SecateurError("The engine is closed: load it again.")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._lock.notify_all()
+
+    def close(self) -> None:
+        """Give the packed weights back, once no call is under way."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._calls == 0)
+            if self._open:
+                self._open = False
+                self._library.sec_close(self._handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) and self._open:
+            self.close()
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _packed(layer: LayerPlan, epsilon: float) -> _Layer:
+    width = layer.width
+    return _Layer(
+        layer.heads,
+        width,
+        layer.neurons,
+        int(layer.out is None),
+        int(layer.down is None),
+        width**-0.5 if width else 0.0,
+        None if layer.relative is None else layer.relative.data_ptr(),
+        *(_map(each) for each in (layer.qkv, layer.out, layer.up, layer.down)),
+        *(_norm(each, epsilon) for each in (layer.after_attention, layer.after_feed_forward)),
+    )
+
+
+def _map(affine: Affine | None) -> _Map:
+    if affine is None:
+        return _Map()
+    out, inner = affine.weight.shape
+    return _Map(affine.weight.data_ptr(), None if affine.bias is None else affine.bias.data_ptr(), out, inner)
+
+
+def _norm(affine: Affine | None, epsilon: float) -> _Norm:
+    if affine is None or affine.bias is None:
+        return _Norm()
+    return _Norm(affine.weight.data_ptr(), affine.bias.data_ptr(), epsilon)

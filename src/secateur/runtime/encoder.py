@@ -1,0 +1,129 @@
+"""The layers of an encoder as an engine runs them, and the reference in torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.errors import InvalidData
+from secateur.runtime.plan import Affine, LayerPlan, Plan
+
+
+class Encoder(Protocol):
+    """Layers of an encoder.
+
+    Attributes:
+        tier: what runs them.
+        bytes: of their weights.
+    """
+
+    tier: str
+    bytes: int
+
+    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """Embeddings (tokens, width), normalised, of ids that lie one behind the other."""
+        ...
+
+    def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
+        """Embeddings (tokens, hidden) to hidden states, in place; example i has tokens starts[i] to starts[i + 1]."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back."""
+        ...
+
+
+def out_of_range(plan: Plan, what: int) -> InvalidData:
+    """What a batch has that the model does not read: 1 an id, 2 an example's length, 3 a token type."""
+    if what == 2:
+        return InvalidData(f"An example has 1 to {plan.longest} tokens: cut it, or leave empty ones out.")
+    name, table = ("Token ids", plan.words) if what == 1 else ("Token types", plan.types)
+    return InvalidData(
+        f"{name} go from 0 to {len(table) - 1 if table is not None else 0}: is this the model's tokenizer?"
+    )
+
+
+class TorchEncoder:
+    """The layers in torch and fp32, maps over all tokens at once: a reference for the native ones."""
+
+    tier = "torch"
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        maps = [m for layer in plan.layers for m in (layer.qkv, layer.out, layer.up, layer.down) if m is not None]
+        self.bytes = sum(m.weight.nbytes for m in maps)
+
+    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """See `Encoder`."""
+        plan, lengths = self.plan, starts.diff()
+        for number, (values, least, most) in enumerate(
+            (
+                (ids, 0, len(plan.words)),
+                (lengths, 1, plan.longest + 1),
+                (types, 0, 0 if plan.types is None else len(plan.types)),
+            ),
+            1,
+        ):
+            if values is not None and len(values) and not (values.min() >= least and values.max() < most):
+                raise out_of_range(plan, number)
+        first = starts[:-1].repeat_interleave(lengths)
+        found = functional.embedding(ids, plan.words)
+        found += functional.embedding(torch.arange(len(ids)) - first + plan.offset, plan.positions)
+        if plan.types is not None:
+            found += plan.types[0] if types is None else functional.embedding(types, plan.types)
+        return functional.layer_norm(found, found.shape[-1:], plan.norm.weight, plan.norm.bias, plan.epsilon)
+
+    def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
+        """See `Encoder`; threads are torch's."""
+        lengths = starts.diff().tolist()
+        for layer in self.plan.layers:
+            if layer.out is not None and layer.after_attention is not None:
+                added = _mapped(self._context(layer, hidden, lengths), layer.out)
+                self._settle(hidden, added, layer.after_attention)
+            if layer.down is not None and layer.after_feed_forward is not None:
+                inner = _mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
+                self._settle(
+                    hidden, _mapped(_activated(inner, self.plan.activation), layer.down), layer.after_feed_forward
+                )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _context(self, layer: LayerPlan, hidden: Tensor, lengths: list[int]) -> Tensor:
+        if layer.qkv is None:
+            return hidden[:, :0]
+        qkv = _mapped(hidden, layer.qkv).view(len(hidden), 3, layer.heads, layer.width)
+        parts = [part.permute(1, 2, 0, 3) for part in qkv.split(lengths)]
+        found = [
+            functional.scaled_dot_product_attention(q[None], k[None], v[None], _bias(layer, q.shape[1]))[0]
+            for q, k, v in parts
+        ]
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in found])
+
+    def _settle(self, hidden: Tensor, added: Tensor, norm: Affine) -> None:
+        hidden.copy_(
+            functional.layer_norm(hidden + added, hidden.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
+        )
+
+
+def _bias(layer: LayerPlan, tokens: int) -> Tensor | None:
+    """What is added to scores, (1, heads, queries, keys)."""
+    if layer.relative is None:
+        return None
+    place = torch.arange(tokens)
+    return layer.relative[:, place[None] - place[:, None] + layer.relative.shape[1] // 2][None]
+
+
+def _mapped(x: Tensor, affine: Affine) -> Tensor:
+    return functional.linear(x, affine.weight, affine.bias)
+
+
+def _activated(x: Tensor, kind: str) -> Tensor:
+    return (
+        functional.relu(x)
+        if kind == "relu"
+        else functional.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    )
