@@ -19,10 +19,13 @@ from secateur.costs.timers import sample, summarise
 from secateur.errors import SecateurError
 from secateur.exporting import FORMATS, export, input_names
 from secateur.hub import open_any, open_tokenizer
-from secateur.runtime import Precision, load
+from secateur.runtime import Engine, Precision, load
 from secateur.train import bf16_pays
 
 ENGINES = ("torch", "native", *FORMATS)
+PARITY = 8
+"""Examples on which logits are compared."""
+Runner = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def compare_engines(
@@ -44,8 +47,9 @@ def compare_engines(
         seconds: how long to time all of them together.
 
     Returns:
-        For each, under `engines`: `latency_ms` (median, p90, n), `ratio` (milliseconds of the first one over these)
-        and `cosine`, that of its logits and those of torch in float32; and the setting and the machine.
+        For each, under `engines`: `latency_ms` (median, p90, n), `ratio` (milliseconds of the first one over these),
+        and of its logits on eight examples `cosine` to those of torch in float32, and `difference`, the largest one
+        over the largest logit; and the setting and the machine.
 
     Raises:
         SecateurError: an unknown engine, or one that cannot run the model.
@@ -55,21 +59,22 @@ def compare_engines(
     if not engines:
         raise SecateurError(f"Name at least one engine of {', '.join(ENGINES)}.")
     model = open_any(source).eval()
-    inputs = dummy_inputs(model, batch, tokens)
+    inputs, others = dummy_inputs(model, batch, tokens), dummy_inputs(model, PARITY, tokens)
     with tempfile.TemporaryDirectory() as spare, torch.inference_mode():
-        wanted: Tensor = model(**inputs).logits
-        runners: dict[str, Callable[[], Tensor]] = {}
+        wanted: Tensor = model(**others).logits
+        runs: dict[str, Runner] = {}
         for name in dict.fromkeys(engines):
-            runners |= _runners(name, source, model, inputs, Path(spare))
-        cosines = {name: _cosine(run(), wanted) for name, run in runners.items()}
-        times = sample(runners, seconds, min_runs=10)
+            runs |= _runners(name, source, model, Path(spare))
+        answers = {name: run(others).double() for name, run in runs.items()}
+        times = sample({name: partial(run, inputs) for name, run in runs.items()}, seconds, min_runs=10)
     timings = {name: summarise(found, model, batch, tokens) for name, found in times.items()}
     first = next(iter(timings.values())).median
     rows = {
         name: {
             "latency_ms": {key: getattr(timing, key) for key in ("median", "p90", "n")},
             "ratio": first / timing.median,
-            "cosine": cosines[name],
+            "cosine": float(torch.cosine_similarity(answers[name].flatten(), wanted.double().flatten(), dim=0)),
+            "difference": float((answers[name] - wanted).abs().max() / wanted.abs().max()),
         }
         for name, timing in timings.items()
     }
@@ -77,30 +82,24 @@ def compare_engines(
     return {"engines": rows, **setting, "machine": fingerprint()}
 
 
-def _runners(
-    name: str, source: str | Path, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path
-) -> dict[str, Callable[[], Tensor]]:
-    """What an engine has to offer, as functions that give logits."""
+def _runners(name: str, source: str | Path, model: PreTrainedModel, folder: Path) -> dict[str, Runner]:
+    """What an engine has to offer, as functions from inputs to logits."""
     if name == "torch":
-        found: dict[str, Callable[[], Tensor]] = {"torch float32": lambda: model(**inputs).logits}
+        found: dict[str, Runner] = {"torch float32": lambda inputs: model(**inputs).logits}
         if bf16_pays():
             half = copy.deepcopy(model).bfloat16()
-            found["torch bfloat16"] = lambda: half(**inputs).logits
+            found["torch bfloat16"] = lambda inputs: half(**inputs).logits
         return found
     if name == "native":
-        ids = inputs["input_ids"]
-        lengths = torch.full((len(ids),), ids.shape[1])
         made = [load(model, each) for each in get_args(Precision)]
-        return {
-            f"native {engine.precision} ({engine.encoder.tier})": partial(engine.encoded, ids.flatten(), lengths)
-            for engine in made
-        }
+        return {f"native {engine.precision} ({engine.encoder.tier})": partial(_ragged, engine) for engine in made}
     words = open_tokenizer(source)
     file = export(model, folder / name, name, tokenizer=words) / FORMATS[name].file
-    run = FORMATS[name].open(file, exact=False)
-    given = {key: inputs.get(key, torch.zeros_like(inputs["input_ids"])) for key in input_names(model, words)}
-    return {name: lambda: run(given)["logits"]}
+    run, names = FORMATS[name].open(file, exact=False), input_names(model, words)
+    zeros = torch.zeros_like
+    return {name: lambda inputs: run({n: inputs.get(n, zeros(inputs["input_ids"])) for n in names})["logits"]}
 
 
-def _cosine(found: Tensor, wanted: Tensor) -> float:
-    return float(torch.cosine_similarity(found.double().flatten(), wanted.double().flatten(), dim=0))
+def _ragged(engine: Engine, inputs: Mapping[str, Tensor]) -> Tensor:
+    ids = inputs["input_ids"]
+    return engine.encoded(ids.flatten(), torch.full((len(ids),), ids.shape[1]))

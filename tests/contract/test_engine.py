@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur.cli import app
-from secateur.errors import InvalidData, SecateurError, UnsupportedModel
+from secateur.errors import InvalidData, InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import FAMILIES
 from secateur.runtime import Precision, build, load
 from secateur.runtime.plan import FAMILIES as PLANNED
@@ -205,50 +207,141 @@ def test_a_tier_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Any:
-        raise build.NoCompiler("none")
+        raise build.CannotBuild("none")
 
     monkeypatch.setattr("secateur.runtime.binding.library", none)
     model, rows = wide_model(), examples([4, 9])
-    engine = load(model, "fp32")
-    assert engine.info()["tier"] == "torch"
+    with pytest.warns(UserWarning, match="Until then torch computes, in fp32"):
+        engine = load(model, "int8")
+    assert (engine.info()["tier"], engine.info()["precision"]) == ("torch", "fp32")
     assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-4
     with pytest.raises(SecateurError, match="none"):
         load(model, tier="portable")
 
 
 def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for a compiler; without one what is in the cache will do, if nobody else may write there."""
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
-    calls: list[list[str]] = []
+    calls: list[str] = []
 
     def compiled(compiler: str, folder: Path) -> Path:
-        calls.append([compiler])
+        calls.append(compiler)
         (folder / "secateur.so").write_bytes(b"")
         return folder / "secateur.so"
 
     monkeypatch.setattr(build, "_compile", compiled)
-    assert build.built() == build.built()
+    made = build.built()
+    assert build.built() == made
     assert len(calls) == 1
     monkeypatch.setattr(build, "COMPILERS", ())
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(build.NoCompiler, match="there is none: install one"):
+    assert build.built() == made
+    made.parent.chmod(0o777)
+    with pytest.raises(build.CannotBuild, match="could be written by others"):
         build.built()
+    made.parent.chmod(0o700)
+    made.unlink()
+    with pytest.raises(build.CannotBuild, match="there is none: install one"):
+        build.built()
+    monkeypatch.setenv("CXX", "absent-compiler")
+    with pytest.raises(build.CannotBuild, match="not there: 'absent-compiler'"):
+        build.library()
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_quoted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
-    script = tmp_path / "cc"
-    script.write_text("#!/bin/sh\necho 'engine.cpp:1: error: no such machine' >&2\nexit 1\n")
+    script, calls = tmp_path / "cc", tmp_path / "calls"
+    script.write_text(f"#!/bin/sh\necho x >> {calls}\necho 'engine.cpp:1: error: no such machine' >&2\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(SecateurError, match="cannot build the native engine: engine.cpp:1: error: no such machine"):
-        build.built()
+    for _ in range(2):
+        with pytest.raises(
+            build.CannotBuild, match="cannot build the native engine: engine.cpp:1: error: no such machine"
+        ):
+            build.library()
+    assert len(calls.read_text().split()) == 3  # its version, a tier with OpenMP and without
+
+
+def test_odd_widths_stay_within_their_rows() -> None:
+    """Embeddings of 24 entries (ELECTRA's are narrower than its layers) and a hidden width of 36."""
+    rows = examples([5, 1, 40])
+    model: Any = tiny_model("electra", embedding_size=24)
+    other = wide_model(hidden_size=36, num_attention_heads=2, intermediate_size=50)
+    for tier in TIERS:
+        for each in (model, other):
+            assert (load(each, "fp32", tier=tier)(rows) - alone(each, rows)).abs().max() <= 1e-4
+
+
+def test_an_engine_does_not_follow_its_model() -> None:
+    model, rows = wide_model(), examples([5])
+    engine = load(model)
+    before = engine(rows)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(engine(rows), before)
+    before += 1  # an ordinary tensor
+
+
+def test_encoded_checks_what_it_is_given() -> None:
+    engine = load(wide_model())
+    ids = torch.arange(5, 25)
+    wanted = engine([ids.tolist()])
+    assert torch.equal(engine.encoded(ids.int(), torch.tensor([20])), wanted)
+    assert torch.equal(engine.encoded(torch.arange(0, 50)[10:50:2] * 0 + ids, torch.tensor([20])), wanted)
+    doubled = ids.repeat_interleave(2)
+    assert torch.equal(engine.encoded(doubled[::2], torch.tensor([20], dtype=torch.int32)), wanted)
+    for lengths, types in ([21], None), ([19], None), ([20], [0] * 19), ([], None):
+        with pytest.raises(InvalidData, match="20 ids do not fit"):
+            engine.encoded(ids, torch.tensor(lengths, dtype=torch.long), None if types is None else torch.tensor(types))
+    with pytest.raises(InvalidData, match="whole numbers in one row"):
+        engine.encoded(ids.float(), torch.tensor([20]))
+    for count in (0, 1000, None):
+        with pytest.raises(SecateurError, match="from 1 to 256"):
+            engine.threads = count  # type: ignore[assignment]
+
+
+def test_a_fork_computes() -> None:
+    """What a server that forks after loading does: threads of the first process are not there in the second."""
+    code = """
+import os, torch
+from tests.contract.test_engine import examples, wide_model
+from secateur.runtime import load
+engine = load(wide_model(), threads=2)
+wanted = engine(examples([40, 60]))
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(engine(examples([40, 60])), wanted) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_a_model_was_changed_by_is_not_left_out() -> None:
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model = wide_model()
+    model.bert.encoder.layer[0].output.dense = Adapted(200, 128)
+    with pytest.raises(UnsupportedModel, match="not Adapted: merge adapters"):
+        load(model)
+    model = wide_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.weight[3, 4] = torch.nan
+    with pytest.raises(InvalidModel, match=r"layer.1.intermediate.dense.weight has values that are NaN"):
+        load(model)
 
 
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
         ([], "nothing to run"),
-        ("a text", "put the text into brackets"),
+        ("a text", "put a text into brackets"),
+        ({"input_ids": [[5, 6]]}, r"give tokenizer\(texts\)\['input_ids'\] without padding"),
+        ([5, 6, 7], "all lists of token ids"),
+        ([["a", "b", "c"]], "all lists of token ids"),
+        (["a text", [5]], "all lists of token ids"),
+        ([[5.5]], "all lists of token ids"),
         (["a text"], "need a tokenizer"),
         ([[5], []], "1 to 512 tokens"),
         ([[5] * 513], "1 to 512 tokens"),
@@ -280,8 +373,6 @@ def test_what_cannot_be_run_is_refused() -> None:
         load(binary)
     with pytest.raises(SecateurError, match="A precision is fp32, bf16, int8"):
         load(wide_model(), "fp8")  # type: ignore[arg-type]
-    with pytest.raises(SecateurError, match="hidden size is not a multiple of 16"):
-        load(wide_model(hidden_size=36, num_attention_heads=2), tier="portable")
 
 
 def test_engines_side_by_side(tmp_path: Path) -> None:
@@ -295,7 +386,9 @@ def test_engines_side_by_side(tmp_path: Path) -> None:
     assert names[0] == "torch float32"
     assert set(names) >= {"native fp32", "native bf16", "native int8", "onnx"}
     assert rows["torch float32"]["ratio"] == 1
-    assert all(row["cosine"] > 0.999 and row["latency_ms"]["n"] >= 10 for row in rows.values())
+    assert all(
+        row["cosine"] > 0.999 and row["difference"] < 0.15 and row["latency_ms"]["n"] >= 10 for row in rows.values()
+    )
     assert (found["batch"], found["tokens"]) == (1, 12)
     shown = CliRunner().invoke(
         app, ["measure", str(tmp_path), "--engine", "native", "--tokens", "9", "--seconds", "0.1"]

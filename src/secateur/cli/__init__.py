@@ -378,12 +378,10 @@ def main() -> None:
 
 def _print_engines(found: dict[str, Any]) -> None:
     setting = "{batch} x {tokens} tokens, {threads} threads".format(**found)
-    typer.echo(f"{setting}; how many times as fast as the first, and the cosine of its logits and torch's")
+    typer.echo(f"{setting}; how many times as fast as the first; logits beside torch's: cosine, largest difference")
     for name, row in found["engines"].items():
-        times = row["latency_ms"]
-        typer.echo(
-            f"{name:24} {times['median']:9.2f} ms (p90 {times['p90']:.2f})  {row['ratio']:5.2f}x  {row['cosine']:.5f}"
-        )
+        times, parity = row["latency_ms"], f"{row['cosine']:.5f} {row['difference']:.5f}"
+        typer.echo(f"{name:24} {times['median']:9.2f} ms (p90 {times['p90']:.2f})  {row['ratio']:5.2f}x  {parity}")
 
 
 def _show_settings(at: Callable[[float | None], dict[str, Any]], speedups: list[float] | None, as_json: bool) -> None:

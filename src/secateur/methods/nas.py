@@ -290,7 +290,7 @@ class Nas:
                 else:
                     number, rung = went
                     sub = points[number].sub
-                if went is not None or number not in points:
+                if trained := went is not None or number not in points:
                     epochs = halving.rungs[rung]
                     error = job.run.record(
                         f"{sub.digest} {epochs}", partial(alone.error, sub, epochs), part_of="search"
@@ -298,7 +298,7 @@ class Nas:
                     counted = {kind: cost.of(sub) for kind, cost in costs.items()}
                     points[number] = Point(number, sub, error, counted, job.run.seconds["search"])
                 found = [points[number].of(name) for name in objectives], max(0.0, points[number].beyond(limits))
-                if values is None or rung == 0:
+                if trained:
                     halving.tell(number, rung, *found)
                 if values is not None:
                     asked.tell(values, *found)

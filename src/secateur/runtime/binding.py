@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from secateur.errors import SecateurError
+from secateur.errors import InvalidData, SecateurError
 from secateur.runtime.build import TIERS, library
-from secateur.runtime.encoder import out_of_range
+from secateur.runtime.encoder import out_of_range, projected
 from secateur.runtime.plan import Affine, LayerPlan, Plan
 
 Precision = Literal["fp32", "bf16", "int8"]
+_PROCESS = os.getpid()
 _ACTIVATIONS = {"gelu": 1, "relu": 2, "gelu_tanh": 3}
 
 
@@ -86,7 +89,7 @@ class NativeEncoder:
                 f"The native engine cannot be made: {why.value.decode()} (the best tier here is {best})."
             )
         types = plan.types
-        self._plan = plan  # whose tables are read
+        self._plan = replace(plan, layers=())  # whose tables are read; the layers are packed
         self._tables = _Tables(
             plan.words.data_ptr(),
             plan.positions.data_ptr(),
@@ -101,32 +104,20 @@ class NativeEncoder:
         self.tier = TIERS[self._library.sec_tier(self._handle)]
         self.bytes = int(self._library.sec_bytes(self._handle))
 
-    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
         """See `Encoder`."""
+        given = len(starts) - 1, 1 if os.getpid() != _PROCESS else threads  # a fork has no threads but its own
         found = torch.empty(len(ids), self._tables.width)
         with self._call():
-            wrong = self._library.sec_embed(
-                self._handle,
-                ctypes.byref(self._tables),
-                _pointer(ids),
-                _pointer(types),
-                _pointer(starts),
-                len(starts) - 1,
-                _pointer(found),
-                threads,
-            )
-        if wrong:
-            raise out_of_range(self._plan, wrong)
+            places = _pointer(starts, torch.int32)
+            tables, pointers = ctypes.byref(self._tables), (_pointer(ids), _pointer(types), places)
+            wrong = self._library.sec_embed(self._handle, tables, *pointers, given[0], _floats(found), given[1])
+            if wrong:
+                raise out_of_range(self._plan, wrong)
+            found = projected(self._plan, found)
+            if self._library.sec_run(self._handle, _floats(found), places, *given):
+                raise SecateurError("There is not enough memory for this batch: give fewer examples at a time.")
         return found
-
-    def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
-        """See `Encoder`."""
-        with self._call():
-            failed = self._library.sec_run(
-                self._handle, _pointer(hidden), _pointer(starts), len(starts) - 1, max(1, threads)
-            )
-        if failed:
-            raise SecateurError("There is not enough memory for this batch: give fewer examples at a time.")
 
     @contextmanager
     def _call(self) -> Iterator[None]:
@@ -143,20 +134,30 @@ class NativeEncoder:
                 self._lock.notify_all()
 
     def close(self) -> None:
-        """Give the packed weights back, once no call is under way."""
+        """Take no more calls, and give the packed weights back once none is under way."""
         with self._lock:
+            if not self._open:
+                return
+            self._open = False
             self._lock.wait_for(lambda: self._calls == 0)
-            if self._open:
-                self._open = False
-                self._library.sec_close(self._handle)
+        self._library.sec_close(self._handle)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) and self._open:
             self.close()
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.int64) -> ctypes.c_void_p:
+    """Where a tensor's values lie one behind the other."""
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise InvalidData(f"The engine reads contiguous {dtype} on the CPU, not {tensor.dtype} on {tensor.device}.")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _floats(tensor: Tensor) -> ctypes.c_void_p:
+    return _pointer(tensor, torch.float32)
 
 
 def _packed(layer: LayerPlan, epsilon: float) -> _Layer:

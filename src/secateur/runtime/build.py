@@ -18,7 +18,6 @@ from secateur.paths import cache_dir
 SOURCES = Path(__file__).with_name("native")
 TIERS = ("portable", "avx2", "avx512", "amx")
 """Instructions from the fewest to the most; each has those before it."""
-VERSION = 1
 COMPILERS = ("c++", "g++", "clang++")
 COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma"
@@ -30,57 +29,97 @@ FLAGS = {
 }
 
 
-class NoCompiler(SecateurError):
-    """There is nothing to build the native library with."""
+class CannotBuild(SecateurError):
+    """The native library cannot be had here."""
 
 
-@lru_cache(maxsize=1)
+_failed: dict[str, CannotBuild] = {}
+
+
 def library() -> ctypes.CDLL:
     """The native library, built at the first call.
 
     Raises:
-        NoCompiler: there is no C++ compiler and no library in the cache.
-        SecateurError: the compiler fails.
+        CannotBuild: there is no C++ compiler and no library in the cache, or the compiler fails.
     """
-    found = ctypes.CDLL(str(built()))
-    if found.sec_version() != VERSION:
-        raise SecateurError("The native library is of another version: empty the cache folder.")
+    key = f"{os.environ.get('CXX')} {cache_dir()}"
+    if key in _failed:
+        raise _failed[key]
+    try:
+        return _opened(built())
+    except (CannotBuild, OSError) as error:
+        problem = (
+            error if isinstance(error, CannotBuild) else CannotBuild(f"The native engine cannot be built: {error}")
+        )
+        _failed[key] = problem
+        raise problem from None
+
+
+@lru_cache
+def _opened(file: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(file))
     found.sec_open.restype = ctypes.c_void_p
     found.sec_bytes.restype = ctypes.c_int64
     return found
 
 
 def built() -> Path:
-    """The library's file, which is built if it is not in the cache."""
-    compiler = os.environ.get("CXX") or next((name for name in COMPILERS if shutil.which(name)), None)
-    if compiler is None or shutil.which(compiler) is None:
-        raise NoCompiler(
-            "The native engine is built by a C++ compiler, and there is none: install one (apt install g++) or set CXX."
-        )
-    sources = sorted(SOURCES.iterdir())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    identity = [version, platform.machine(), repr((COMMON, FLAGS)), *(file.read_text() for file in sources)]
-    name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    """The library's file, which is built if it is not in the cache; without a compiler any of these sources will do.
+
+    Raises:
+        CannotBuild: there is no compiler, or it fails, or others may write into the cache.
+    """
+    compiler = _compiler()
+    sources = [file.read_text() for file in sorted(SOURCES.glob("*.[hc]*"))]
+    what = _digest(platform.machine(), repr((COMMON, FLAGS)), *sources)
     folder = cache_dir() / "native"
-    target = folder / f"secateur-{name}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_owner(folder)
+    if compiler is None:
+        found = sorted(folder.glob(f"secateur-{what}-*.so"))
+        if not found:
+            raise CannotBuild(
+                "The native engine is built by a C++ compiler, and there is none: install one (apt install g++) or set "
+                "CXX."
+            )
+        return _check_owner(found[0])
+    target = folder / f"secateur-{what}-{_digest(_run([compiler, '--version']).stdout)}.so"
     if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as spare:
             os.replace(_compile(compiler, Path(spare)), target)
-    return target
+    return _check_owner(target)
+
+
+def _compiler() -> str | None:
+    wanted = os.environ.get("CXX")
+    if wanted and not shutil.which(wanted):
+        raise CannotBuild(f"CXX names a compiler that is not there: '{wanted}'.")
+    return wanted or next((name for name in COMPILERS if shutil.which(name)), None)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _check_owner(path: Path) -> Path:
+    """What is in the cache is run: nobody else may have put it there."""
+    if hasattr(os, "getuid"):
+        status = path.stat()
+        if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+            raise CannotBuild(f"'{path}' could be written by others: set SECATEUR_CACHE to a folder of your own.")
+    return path
 
 
 def _compile(compiler: str, folder: Path) -> Path:
     """Every tier that the compiler knows, in one library; without OpenMP if it has none."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    wanted = TIERS if x86 else TIERS[:1]
     problem = ""
     for parallel in (["-fopenmp"], []):
-        objects, tiers = [], []
-        for tier in wanted:
+        objects, tiers, problem = [], [], ""
+        for tier in TIERS if x86 else TIERS[:1]:
             done = _object(compiler, f"{tier}.cpp", [*FLAGS[tier].split(), *parallel], folder)
             if done.returncode != 0:
-                problem = problem or done.stderr
+                problem = done.stderr
                 break
             objects.append(folder / f"{tier}.o")
             tiers.append(f"-DSEC_{tier.upper()}")
@@ -92,10 +131,11 @@ def _compile(compiler: str, folder: Path) -> Path:
             parts = [*map(str, objects), str(folder / "engine.o")]
             done = _run([compiler, "-shared", *parallel, *parts, "-o", str(target)])
             if done.returncode == 0:
+                target.chmod(0o755)
                 return target
         problem = done.stderr
     lines = [line for line in problem.splitlines() if "error" in line] or problem.splitlines() or ["no message"]
-    raise SecateurError(f"{compiler} cannot build the native engine: {lines[0].strip()}")
+    raise CannotBuild(f"{compiler} cannot build the native engine: {lines[0].strip()}")
 
 
 def _object(compiler: str, source: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

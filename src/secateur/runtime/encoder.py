@@ -23,12 +23,18 @@ class Encoder(Protocol):
     tier: str
     bytes: int
 
-    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
-        """Embeddings (tokens, width), normalised, of ids that lie one behind the other."""
-        ...
+    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """Hidden states (tokens, width) of ids that lie one behind the other.
 
-    def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
-        """Embeddings (tokens, hidden) to hidden states, in place; example i has tokens starts[i] to starts[i + 1]."""
+        Args:
+            ids: (tokens,), int64.
+            starts: (examples + 1,), int32: example i has the tokens starts[i] to starts[i + 1].
+            types: token types, (tokens,), int64; 0 if None.
+            threads: to compute with.
+
+        Raises:
+            InvalidData: ids, lengths or types that the model does not read.
+        """
         ...
 
     def close(self) -> None:
@@ -46,6 +52,11 @@ def out_of_range(plan: Plan, what: int) -> InvalidData:
     )
 
 
+def projected(plan: Plan, embeddings: Tensor) -> Tensor:
+    """Embeddings in the hidden width."""
+    return embeddings if plan.project is None else _mapped(embeddings, plan.project)
+
+
 class TorchEncoder:
     """The layers in torch and fp32, maps over all tokens at once: a reference for the native ones."""
 
@@ -56,8 +67,25 @@ class TorchEncoder:
         maps = [m for layer in plan.layers for m in (layer.qkv, layer.out, layer.up, layer.down) if m is not None]
         self.bytes = sum(m.weight.nbytes for m in maps)
 
-    def embed(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
-        """See `Encoder`."""
+    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+        """See `Encoder`; threads are torch's."""
+        hidden = projected(self.plan, self._embedded(ids, starts, types))
+        lengths = starts.diff().tolist()
+        for layer in self.plan.layers:
+            if layer.out is not None and layer.after_attention is not None:
+                added = _mapped(self._context(layer, hidden, lengths), layer.out)
+                self._settle(hidden, added, layer.after_attention)
+            if layer.down is not None and layer.after_feed_forward is not None:
+                inner = _mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
+                self._settle(
+                    hidden, _mapped(_activated(inner, self.plan.activation), layer.down), layer.after_feed_forward
+                )
+        return hidden
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _embedded(self, ids: Tensor, starts: Tensor, types: Tensor | None) -> Tensor:
         plan, lengths = self.plan, starts.diff()
         for number, (values, least, most) in enumerate(
             (
@@ -75,22 +103,6 @@ class TorchEncoder:
         if plan.types is not None:
             found += plan.types[0] if types is None else functional.embedding(types, plan.types)
         return functional.layer_norm(found, found.shape[-1:], plan.norm.weight, plan.norm.bias, plan.epsilon)
-
-    def run(self, hidden: Tensor, starts: Tensor, threads: int) -> None:
-        """See `Encoder`; threads are torch's."""
-        lengths = starts.diff().tolist()
-        for layer in self.plan.layers:
-            if layer.out is not None and layer.after_attention is not None:
-                added = _mapped(self._context(layer, hidden, lengths), layer.out)
-                self._settle(hidden, added, layer.after_attention)
-            if layer.down is not None and layer.after_feed_forward is not None:
-                inner = _mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
-                self._settle(
-                    hidden, _mapped(_activated(inner, self.plan.activation), layer.down), layer.after_feed_forward
-                )
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def _context(self, layer: LayerPlan, hidden: Tensor, lengths: list[int]) -> Tensor:
         if layer.qkv is None:

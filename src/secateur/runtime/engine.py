@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,13 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.errors import InvalidData, SecateurError
 from secateur.hub import open_any, open_tokenizer
 from secateur.runtime.binding import NativeEncoder, Precision
-from secateur.runtime.build import TIERS, NoCompiler
+from secateur.runtime.build import TIERS, CannotBuild
 from secateur.runtime.encoder import Encoder, TorchEncoder
 from secateur.runtime.plan import Head, Plan, plan_of
 from secateur.tasks.batching import token_limit
 
 TIER = "SECATEUR_TIER"
 """Environment variable that forces a tier of instructions, or "torch"."""
+
+MOST_THREADS = 256
 
 Text = str | tuple[str, str]
 Batch = Sequence[Text] | Sequence[Sequence[int]]
@@ -74,10 +79,34 @@ class Engine:
     """
 
     def __init__(self, plan: Plan, tokenizer: Any, precision: Precision, threads: int, tier: str | None = None) -> None:
-        self.plan, self.tokenizer, self.precision, self.threads = plan, tokenizer, precision, threads
+        self.tokenizer, self.threads = tokenizer, threads
+        self.layers = [{"heads": layer.heads, "neurons": layer.neurons} for layer in plan.layers]
         self.encoder = _encoder(plan, precision, tier)
+        self.precision = precision if self.encoder.tier != "torch" else "fp32"
+        self._plan: Plan | None = replace(plan, layers=())
 
-    @torch.inference_mode()
+    @property
+    def threads(self) -> int:
+        """Threads of each call."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        if type(count) is not int or not 1 <= count <= MOST_THREADS:
+            raise SecateurError(f"Threads are a whole number from 1 to {MOST_THREADS}, not {count!r}.")
+        self._threads = count
+
+    @property
+    def plan(self) -> Plan:
+        """Tables, head and sizes; the layers are packed.
+
+        Raises:
+            SecateurError: the engine is closed.
+        """
+        if self._plan is None:
+            raise SecateurError("The engine is closed: load it again.")
+        return self._plan
+
     def __call__(self, batch: Batch) -> Any:
         """Run texts, pairs of texts, or lists of token ids of any lengths.
 
@@ -86,8 +115,8 @@ class Engine:
             classes) for each example.
 
         Raises:
-            InvalidData: ids out of range, an example without tokens or longer than the model reads, or texts without a
-                tokenizer.
+            InvalidData: what is no list of texts or ids, ids out of range, padding, an example without tokens or longer
+                than the model reads, or texts without a tokenizer.
         """
         ids, types = self._encoded(batch)
         lengths = [len(row) for row in ids]
@@ -98,7 +127,7 @@ class Engine:
         )
         return logits if self.plan.head.first else list(logits.split(lengths))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encoded(self, ids: Tensor, lengths: Tensor, types: Tensor | None = None) -> Tensor:
         """Logits of examples whose tokens lie one behind the other.
 
@@ -109,28 +138,36 @@ class Engine:
 
         Returns:
             (examples, classes), or (tokens, classes) of a classifier of tokens.
+
+        Raises:
+            InvalidData: ids, lengths or types that do not fit each other or the model.
         """
+        plan = self.plan
+        ids, lengths = _whole(ids), _whole(lengths)
+        types = None if types is None or plan.types is None else _whole(types)
+        if int(lengths.sum()) != len(ids) or (types is not None and len(types) != len(ids)) or not len(lengths):
+            raise InvalidData(f"{len(ids)} ids do not fit lengths that add up to {int(lengths.sum())}, or their types.")
         starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
-        hidden = self.encoder.embed(ids, starts, types, self.threads)
-        if (project := self.plan.project) is not None:
-            hidden = functional.linear(hidden, project.weight, project.bias)
-        self.encoder.run(hidden, starts, self.threads)
-        return _head(self.plan.head, hidden[starts[:-1].long()] if self.plan.head.first else hidden)
+        hidden = self.encoder.run(ids, starts, types, self.threads)
+        return _head(plan.head, hidden[starts[:-1].long()] if plan.head.first else hidden)
 
     def info(self) -> dict[str, Any]:
-        """What runs where: tier, precision, threads, bytes of packed weights, layers left."""
-        kept = self.plan.layers
+        """What runs where: tier, precision, threads, bytes of packed weights and of tables, layers left."""
+        plan = self.plan
+        tables = [table for table in (plan.words, plan.positions, plan.types) if table is not None]
         return {
             "tier": self.encoder.tier,
             "precision": self.precision,
             "threads": self.threads,
             "bytes": self.encoder.bytes,
-            "layers": [{"heads": layer.heads, "neurons": layer.neurons} for layer in kept],
+            "table_bytes": sum(table.nbytes for table in tables),
+            "layers": self.layers,
         }
 
     def close(self) -> None:
         """Give the memory back; the engine cannot be called any more."""
         self.encoder.close()
+        self._plan = None
 
     def __enter__(self) -> Engine:
         return self
@@ -142,21 +179,43 @@ class Engine:
 
     def _encoded(self, batch: Batch) -> tuple[list[list[int]], list[list[int]] | None]:
         """Ids of each example, and their types where the tokenizer gives some."""
+        if isinstance(batch, str) or not isinstance(
+            batch, (Sequence, Tensor)
+        ):  # also what a tokenizer gives, a mapping
+            raise InvalidData(
+                "An engine takes a list of texts, of pairs of texts or of lists of ids: put a text into brackets, give "
+                "tokenizer(texts)['input_ids'] without padding."
+            )
         rows = list(batch)
         if not rows:
             raise InvalidData("There is nothing to run: give at least one text.")
-        if isinstance(batch, str):
-            raise InvalidData("An engine takes a list of texts: put the text into brackets.")
-        if all(isinstance(row, (str, tuple)) for row in rows):
+        if all(isinstance(row, str) or (isinstance(row, (tuple, list)) and _is_pair(row)) for row in rows):
             if self.tokenizer is None:
                 raise InvalidData("Texts need a tokenizer: load the engine with tokenizer=, or give token ids.")
             longest = min(self.plan.longest, token_limit(self.tokenizer, None))
-            found = self.tokenizer(rows, truncation=True, max_length=longest)
-            return found["input_ids"], found.get("token_type_ids") if self.plan.types is not None else None
-        ids = [[int(i) for i in row] for row in rows]
+            texts = [row if isinstance(row, str) else tuple(row) for row in rows]
+            found = self.tokenizer(texts, truncation=True, max_length=longest)
+            return found["input_ids"], found.get("token_type_ids")
+        try:
+            ids = [[operator.index(cast(Any, i)) for i in row] for row in rows]
+        except TypeError:
+            raise InvalidData("Examples are all texts or pairs of texts, or all lists of token ids.") from None
         if any(self.plan.padding in row for row in ids):
             raise InvalidData(f"Leave padding ({self.plan.padding}) out: examples have the lengths that they have.")
         return ids, None
+
+
+def _is_pair(row: Sequence[Any]) -> bool:
+    return len(row) == 2 and all(isinstance(text, str) for text in row)
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Whole numbers as the engine reads them."""
+    if values.is_floating_point() or values.dim() != 1:
+        raise InvalidData(
+            f"Ids, lengths and types are whole numbers in one row, not {values.dtype} {tuple(values.shape)}."
+        )
+    return values.to("cpu", torch.long).contiguous()
 
 
 def _head(head: Head, hidden: Tensor) -> Tensor:
@@ -174,7 +233,8 @@ def _encoder(plan: Plan, precision: Precision, tier: str | None) -> Encoder:
         return TorchEncoder(plan)
     try:
         return NativeEncoder(plan, precision, tier)
-    except NoCompiler:
+    except CannotBuild as error:
         if tier is not None:
             raise
+        warnings.warn(f"{error} Until then torch computes, in fp32.", stacklevel=3)
         return TorchEncoder(plan)

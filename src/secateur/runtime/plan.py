@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.edits import Bypass, Slice, Sparsify
-from secateur.errors import UnsupportedModel
+from secateur.errors import InvalidModel, UnsupportedModel
 from secateur.families import Site, sites
 from secateur.hub import edits_of
 from secateur.quirks import KEPT_HEADS
+from secateur.sparsity.linear import SparseLinear
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -129,7 +130,8 @@ def plan_of(model: PreTrainedModel) -> Plan:
             whose zeros are weights like any.
 
     Raises:
-        UnsupportedModel: another architecture, head, activation or edit.
+        UnsupportedModel: another architecture, head, activation or edit, or maps that are no plain ones.
+        InvalidModel: weights that are not finite.
     """
     found = sites(model)
     name = found.family.name
@@ -139,6 +141,9 @@ def plan_of(model: PreTrainedModel) -> Plan:
         )
     if other := [edit.type for edit in edits_of(model) if not isinstance(edit, (Slice, Bypass, Sparsify))]:
         raise UnsupportedModel(f"The engine does not run what the edit {other[0]} made: use the model itself.")
+    for name_of, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InvalidModel(f"{name_of} has values that are NaN or infinite: the weights are damaged.")
     config, body = model.config, cast(PreTrainedModel, model.base_model)
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
     if activation not in ACTIVATIONS:
@@ -170,6 +175,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
     )
 
 
+_PLAIN = (nn.Linear, nn.LayerNorm, SparseLinear)
 _SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions count from behind the padding's
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "LayerNorm")
 
@@ -228,9 +234,15 @@ def _head(model: PreTrainedModel) -> Head:
 
 
 def _affine(module: nn.Module | None) -> Affine:
+    if type(module) not in _PLAIN:
+        raise UnsupportedModel(
+            f"The engine reads plain linear maps and norms, not {type(module).__name__}: merge adapters and undo "
+            "quantisation first."
+        )
     weight, bias = (getattr(module, n) for n in ("weight", "bias"))
     return Affine(_kept(weight), _kept(bias) if bias is not None else None)
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous().cpu()
+    """A copy: the engine does not follow what becomes of the model."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

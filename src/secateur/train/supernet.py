@@ -107,9 +107,9 @@ class SuperNetwork(TrainerCallback):
             return self._loss(model, sites(getattr(model, "module", model)), batch)
         whole = model.module  # processes wait for each other once in a step: all its passes are one call
         usual, inside, own = whole.forward, sites(whole), whole.__dict__.get("forward")
-        whole.forward = lambda: self._loss(usual, inside, batch)
+        whole.forward = lambda **given: self._loss(usual, inside, given)
         try:
-            return cast(Tensor, model())
+            return cast(Tensor, model(**batch))
         finally:
             if own is None:
                 del whole.__dict__["forward"]

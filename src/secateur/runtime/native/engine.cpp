@@ -259,9 +259,19 @@ struct sec_encoder {
     }
 };
 
-extern "C" {
+static bool is(const sec_map& map, int out, int in) { return map.out == out && map.in == in; }
 
-int32_t sec_version(void) { return 1; }
+static bool fits(const sec_config& config, const sec_layer& layer) {
+    const int all = layer.heads * layer.head_width;
+    const bool attention = layer.skip_attention || (is(layer.out, config.hidden, all) &&
+                                                    (layer.heads == 0 || is(layer.qkv, 3 * all, config.hidden)));
+    const bool inner = layer.skip_feed_forward ||
+                       (is(layer.down, config.hidden, layer.neurons) &&
+                        (layer.neurons == 0 || is(layer.up, layer.neurons, config.hidden)));
+    return attention && inner;
+}
+
+extern "C" {
 
 int32_t sec_best_tier(void) {
     static const int32_t best = best_tier();
@@ -273,7 +283,9 @@ sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* w
         snprintf(why, size, "%s", reason);
         return nullptr;
     };
-    if (config->hidden < 1 || config->hidden % 16 != 0) return refuse("the hidden size is not a multiple of 16");
+    if (config->hidden < 1) return refuse("the hidden size is not positive");
+    for (int i = 0; i < config->layers; i++)
+        if (!fits(*config, layers[i])) return refuse("the shapes of a layer do not fit each other");
     if (config->precision < 0 || config->precision > 2) return refuse("unknown precision");
     if (config->activation < 1 || config->activation > 3) return refuse("unknown activation");
     if (config->tier > sec_best_tier()) return refuse("this machine or this build has not that tier");

@@ -464,21 +464,28 @@ static void generic_attention(Rows qkv, const Attention& what, Rows to, int thre
 template <class Value>
 SEC_INLINE void norm_row(float* x, const Value* y, const float* bias, int hidden, const float* gain, const float* shift,
                          float epsilon) {
+    const int whole_part = hidden / LANES * LANES;
     vf sum = {};
-    for (int k = 0; k < hidden; k += LANES) {
+    float rest = 0;
+    for (int k = 0; k < whole_part; k += LANES) {
         vf added = load(x + k) + (y != nullptr ? load(y + k) : bias != nullptr ? load(bias + k) : vf{});
         store(x + k, added);
         sum += added;
     }
-    const float mean = total(sum) / hidden;
+    for (int k = whole_part; k < hidden; k++)
+        rest += x[k] += y != nullptr ? one(y + k) : bias != nullptr ? bias[k] : 0.0f;
+    const float mean = (total(sum) + rest) / hidden;
     vf squares = {};
-    for (int k = 0; k < hidden; k += LANES) {
+    rest = 0;
+    for (int k = 0; k < whole_part; k += LANES) {
         vf apart = load(x + k) - mean;
         squares += apart * apart;
     }
-    const float inverse = 1.0f / sqrtf(total(squares) / hidden + epsilon);
-    for (int k = 0; k < hidden; k += LANES)
+    for (int k = whole_part; k < hidden; k++) rest += (x[k] - mean) * (x[k] - mean);
+    const float inverse = 1.0f / sqrtf((total(squares) + rest) / hidden + epsilon);
+    for (int k = 0; k < whole_part; k += LANES)
         store(x + k, (load(x + k) - mean) * inverse * load(gain + k) + load(shift + k));
+    for (int k = whole_part; k < hidden; k++) x[k] = (x[k] - mean) * inverse * gain[k] + shift[k];
 }
 
 static void generic_add_norm(float* x, const Rows* y, const float* bias, int rows, int hidden, const float* gain,

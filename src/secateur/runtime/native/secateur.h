@@ -50,7 +50,6 @@ typedef struct {
     sec_norm norm;
 } sec_tables;
 
-SEC_API int32_t sec_version(void);
 // The best tier that this build and this machine have.
 SEC_API int32_t sec_best_tier(void);
 // Null, with a reason in `why` (of `size` bytes), where the encoder cannot be made.
