@@ -11,13 +11,14 @@ WORKERS     ?= 2
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS)
 
-.PHONY: help demo test install lint format docs build wheel-check clean
+.PHONY: help demo test sanitize install lint format docs build wheel-check clean
 
 help:
 	@echo "make demo      compress a small model and write $(DEMO_OUT)/report.html"
 	@echo "make test      unit, contract and short real tests (MARKS='not slow'; slow ones: MARKS=slow)"
 	@echo "make install   .venv with every development tool (EXTRAS=$(EXTRAS))"
 	@echo "make lint      ruff, mypy --strict, import directions;  make format applies ruff's fixes"
+	@echo "make sanitize  the native engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make docs      the documentation site in site/, warnings are errors"
 	@echo "make build     wheel and sdist in dist/;  make wheel-check installs the wheel in an empty environment"
 	@echo "make clean     remove .venv, build products and caches"
@@ -45,6 +46,15 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) -m "$(MARKS)"
+
+# The engine's tests with its C++ under AddressSanitizer and UndefinedBehaviorSanitizer (g++).
+sanitize: $(VENV)/.dev
+	mkdir -p build/sanitized
+	printf '#!/bin/sh\nexec g++ -g -fsanitize=address,undefined -fno-sanitize=alignment "$$@"\n' > build/sanitized/c++
+	chmod +x build/sanitized/c++
+	SECATEUR_CACHE=build/sanitized/cache CXX=$(CURDIR)/build/sanitized/c++ ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" UBSAN_OPTIONS=halt_on_error=1 \
+	  $(BIN)/python -m pytest -q -s tests/contract/test_engine.py -k "not side and not built_once and not quoted and not fork"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

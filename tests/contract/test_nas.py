@@ -135,6 +135,23 @@ def test_candidates_are_trained_alone(tmp_path: Path) -> None:
     assert result.budget["terms"][0]["met"]
 
 
+def test_a_candidate_that_comes_again_is_not_ranked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proposed once more after it went on: its error of more epochs is not told as that of one."""
+    told: list[tuple[int, int]] = []
+    usual = secateur.methods.nas.Halving.tell  # type: ignore[attr-defined]
+
+    def noted(self: Any, number: int, rung: int, *given: Any) -> None:
+        told.append((number, rung))
+        usual(self, number, rung, *given)
+
+    monkeypatch.setattr("secateur.methods.nas.Halving.tell", noted)
+    method = Nas(**ALONE | {"space": "layer", "evaluations": 14, "epochs": 2})
+    secateur.search(tiny_model("bert"), method, task=tiny_task(), tokenizer=tiny_tokenizer())  # type: ignore[arg-type]
+    assert len(set(told)) == len(told)
+    assert len([rung for _, rung in told if rung == 0]) <= 8 < 14  # there are 2 x 2 x 2 sub-networks
+    assert any(rung == 1 for _, rung in told)
+
+
 def test_training_alone_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between the second and the third epoch of the one that went on: the same errors and weights."""
     given: dict[str, Any] = {"task": tiny_task(200), "tokenizer": tiny_tokenizer(), "seconds": 0.02}
