@@ -13,11 +13,11 @@ SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int
     const int8_t* panel = (const int8_t*)map.weights + (size_t)column * map.deep;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[R][2];
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    SEC_UNROLL for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
     for (int k = 0; k < map.deep; k += 4) {
         const __m256i low = _mm256_loadu_si256((const __m256i*)(panel + (size_t)k * 16));
         const __m256i high = _mm256_loadu_si256((const __m256i*)(panel + (size_t)k * 16 + 32));
-        for (int r = 0; r < R; r++) {
+        SEC_UNROLL for (int r = 0; r < R; r++) {
             int32_t four;
             memcpy(&four, input + (size_t)(row + r) * map.deep + k, 4);
             const __m256i x = _mm256_set1_epi32(four), size = _mm256_abs_epi8(x);
@@ -27,7 +27,7 @@ SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int
             sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(b, ones));
         }
     }
-    for (int r = 0; r < R; r++) {
+    SEC_UNROLL for (int r = 0; r < R; r++) {
         int32_t held[16];
         memcpy(held, sums[r], sizeof held);
         finish_whole<A>(held, scale[row + r], row + r, column, map, to);

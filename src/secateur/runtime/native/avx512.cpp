@@ -19,7 +19,7 @@ SEC_INLINE void int8_panel(const uint8_t* input, const float* scale, int row, in
     const int8_t* low = (const int8_t*)map.weights + (size_t)column * map.deep;
     const int8_t* high = low + (size_t)LANES * map.deep;
     __m512i sums[R][2];
-    for (int r = 0; r < R; r++) {
+    SEC_UNROLL for (int r = 0; r < R; r++) {
         sums[r][0] = _mm512_slli_epi32(_mm512_loadu_si512(map.sums + column), 7);
         sums[r][1] = _mm512_slli_epi32(_mm512_loadu_si512(map.sums + column + LANES), 7);
         sums[r][0] = _mm512_sub_epi32(_mm512_setzero_si512(), sums[r][0]);
@@ -28,7 +28,7 @@ SEC_INLINE void int8_panel(const uint8_t* input, const float* scale, int row, in
     const uint8_t* from = input + (size_t)row * map.deep;
     for (int k = 0; k < map.deep; k += 4) {
         const __m512i a = _mm512_loadu_si512(low + (size_t)k * LANES), b = _mm512_loadu_si512(high + (size_t)k * LANES);
-        for (int r = 0; r < R; r++) {
+        SEC_UNROLL for (int r = 0; r < R; r++) {
             int32_t four;
             memcpy(&four, from + (size_t)r * map.deep + k, 4);
             const __m512i x = _mm512_set1_epi32(four);
@@ -37,8 +37,8 @@ SEC_INLINE void int8_panel(const uint8_t* input, const float* scale, int row, in
             asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][1]) : "v"(x), "v"(b));
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) {
+    SEC_UNROLL for (int r = 0; r < R; r++)
+        SEC_UNROLL for (int half = 0; half < 2; half++) {
             const int at = column + half * LANES;
             vf value = (vf)_mm512_cvtepi32_ps(sums[r][half]) * (load(map.scale + at) * scale[row + r]);
             finish<A>(to, row + r, at, value + load(map.bias + at));

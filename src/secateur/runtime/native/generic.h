@@ -26,6 +26,12 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 #define SEC_INLINE static inline __attribute__((always_inline))
+// Loops over sums that shall stay in registers: unless they are unrolled, the sums become an array on the stack.
+#ifdef __clang__
+#define SEC_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SEC_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 SEC_INLINE vf splat(float x) { return x - vf{}; }
 SEC_INLINE vf load(const float* p) { return *(const vf*)p; }
@@ -197,8 +203,9 @@ static float weight_at(const float* weight, const Map& map, int out, int in) {
     return out < map.out && in < map.in ? weight[(size_t)out * map.in + in] : 0.0f;
 }
 
-// int8: a scale for each output, panels of 16 outputs, steps of four inputs side by side: what VNNI and AMX read.
-static void pack_int8(const float* weight, Map& map) {
+// int8: a scale for each output; `at` says where a weight goes.
+template <class Place>
+static void pack_int8(const float* weight, Map& map, Place at) {
     int8_t* to = (int8_t*)map.weights;
     for (int n = 0; n < map.wide; n++) {
         float high = 0;
@@ -212,14 +219,17 @@ static void pack_int8(const float* weight, Map& map) {
         for (int k = 0; k < map.deep; k++) {
             int8_t level = (int8_t)lrintf(weight_at(weight, map, n, k) * factor);
             map.sums[n] += level;
-            to[(((size_t)(n / 16) * (map.deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4] = level;
+            to[at(n, k)] = level;
         }
     }
 }
 
 // fp32 and bf16: panels of outputs, input after input.
 [[maybe_unused]] static void generic_pack(Precision precision, const float* weight, Map& map) {
-    if (precision == INT8) return pack_int8(weight, map);
+    if (precision == INT8)  // panels of 16 outputs, four inputs side by side: what VNNI and AMX read
+        return pack_int8(weight, map, [&](int n, int k) {
+            return (((size_t)(n / 16) * (map.deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4;
+        });
     for (int n = 0; n < map.wide; n++)
         for (int k = 0; k < map.deep; k++) {
             size_t at = ((size_t)(n / PANEL) * map.deep + k) * PANEL + n % PANEL;
@@ -306,17 +316,17 @@ SEC_INLINE void finish(Rows to, int row, int column, vf value) {
 template <int R, Activation A, class Value>
 SEC_INLINE void float_panel(const Value* input, const Value* panel, int row, int column, const Map& map, Rows to) {
     vf sums[R][2];
-    for (int r = 0; r < R; r++) sums[r][0] = load(map.bias + column), sums[r][1] = load(map.bias + column + LANES);
+    SEC_UNROLL for (int r = 0; r < R; r++) sums[r][0] = load(map.bias + column), sums[r][1] = load(map.bias + column + LANES);
     const Value* from = input + (size_t)row * map.deep;
     for (int k = 0; k < map.deep; k++) {
         vf low = load(panel + (size_t)k * PANEL), high = load(panel + (size_t)k * PANEL + LANES);
-        for (int r = 0; r < R; r++) {
+        SEC_UNROLL for (int r = 0; r < R; r++) {
             vf x = splat(one(from + (size_t)r * map.deep + k));
             sums[r][0] += x * low;
             sums[r][1] += x * high;
         }
     }
-    for (int r = 0; r < R; r++) {
+    SEC_UNROLL for (int r = 0; r < R; r++) {
         finish<A>(to, row + r, column, sums[r][0]);
         finish<A>(to, row + r, column + LANES, sums[r][1]);
     }
@@ -369,19 +379,20 @@ struct AttentionRun {
                 vf sums[4] = {};
                 for (int d = 0; d < width; d++) {
                     vf key = load(turned + (size_t)d * padded + j);
-                    for (int r = 0; r < 4; r++)
+                    SEC_UNROLL for (int r = 0; r < 4; r++)
                         sums[r] += key * one(queries + (size_t)(i + least(r, count - 1)) * qkv.stride + d);
                 }
-                for (int r = 0; r < 4; r++) store(rows + (size_t)r * padded + j, sums[r] * what.scaling);
+                SEC_UNROLL for (int r = 0; r < 4; r++) store(rows + (size_t)r * padded + j, sums[r] * what.scaling);
             }
             for (int r = 0; r < count; r++) inverse[r] = softmax(rows + (size_t)r * padded, tokens, padded, h, i + r);
             for (int c = 0; c < width; c += LANES) {
                 vf sums[4] = {};
                 for (int j = 0; j < tokens; j++) {
                     vf value = load(values + (size_t)j * qkv.stride + c);  // may read on into the slack
-                    for (int r = 0; r < 4; r++) sums[r] += value * rows[(size_t)r * padded + j];
+                    SEC_UNROLL for (int r = 0; r < 4; r++) sums[r] += value * rows[(size_t)r * padded + j];
                 }
-                for (int r = 0; r < count; r++) {
+                SEC_UNROLL for (int r = 0; r < 4; r++) {
+                    if (r >= count) break;
                     vf found = sums[r] * inverse[r];
                     Value* out = (Value*)to.data + (size_t)(first + i + r) * to.stride + h * width + c;
                     if (c + LANES <= width)
