@@ -1,4 +1,5 @@
 // The AMX tier: int8 and bfloat16 products and attention in tiles of 16 rows of 64 bytes. fp32 is that of AVX-512.
+#define SEC_OWN_PRODUCT
 #define SEC_LANES 16
 #define SEC_ROWS 8
 #include "generic.h"

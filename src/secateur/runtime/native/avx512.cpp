@@ -55,19 +55,6 @@ static void int8_product(const void* input, const float* scale, int rows, const 
     }
 }
 
-static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
-                    Activation activation, Rows to, int threads) {
-    with_activation(activation, [&](auto known) {
-        constexpr Activation A = decltype(known)::value;
-        if (precision == INT8)
-            int8_product<A>(input, scale, rows, map, to, threads);
-        else if (precision == BF16)
-            float_product<A, uint16_t>(input, rows, map, to, threads);
-        else
-            float_product<A, float>(input, rows, map, to, threads);
-    });
-}
-
 }  // namespace
 
 const Kernels avx512_kernels = {"avx512", generic_attention_scratch, generic_packed_bytes, generic_pack,

@@ -354,6 +354,25 @@ SEC_INLINE void finish_whole(const int32_t* sums, float scale, int row, int colu
     }
 }
 
+// Products of int8 inputs, which a tier defines; one that has other products of its own says SEC_OWN_PRODUCT.
+#ifndef SEC_OWN_PRODUCT
+template <Activation A>
+static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads);
+
+static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
+                    Activation activation, Rows to, int threads) {
+    with_activation(activation, [&](auto known) {
+        constexpr Activation A = decltype(known)::value;
+        if (precision == INT8)
+            int8_product<A>(input, scale, rows, map, to, threads);
+        else if (precision == BF16)
+            float_product<A, uint16_t>(input, rows, map, to, threads);
+        else
+            float_product<A, float>(input, rows, map, to, threads);
+    });
+}
+#endif
+
 // --- attention -----------------------------------------------------------------------------------------------------
 
 template <class Value>
