@@ -380,47 +380,63 @@ struct AttentionRun {
     Rows qkv, to;
     const Attention& what;
 
-    // One head of one example; `scratch` holds the keys, turned, and four rows of probabilities.
+    // One head of one example; `scratch` holds the keys, turned, four queries and four rows of probabilities.
     void head(int example, int h, float* scratch) const {
         const int first = what.starts[example], tokens = what.starts[example + 1] - first;
-        const int width = what.width, padded = up_to(tokens, LANES), all = what.heads * width;
+        const int width = what.width, padded = up_to(tokens, 2 * LANES), all = what.heads * width;
         const Value* queries = (const Value*)qkv.data + (size_t)first * qkv.stride + h * width;
         const Value *keys = queries + all, *values = keys + all;
-        float *turned = scratch, *rows = scratch + (size_t)width * padded;
+        float *turned = scratch, *asked = turned + (size_t)width * padded, *rows = asked + 4 * (size_t)width;
         for (int j = 0; j < tokens; j++)
             for (int d = 0; d < width; d++) turned[(size_t)d * padded + j] = one(keys + (size_t)j * qkv.stride + d);
         for (int d = 0; d < width; d++)
             for (int j = tokens; j < padded; j++) turned[(size_t)d * padded + j] = 0;
         for (int i = 0; i < tokens; i += 4) {
             const int count = least(4, tokens - i);
-            float inverse[4];
-            for (int j = 0; j < padded; j += LANES) {
-                vf sums[4] = {};
+            for (int d = 0; d < width; d++)
+                for (int r = 0; r < 4; r++)
+                    asked[4 * d + r] = one(queries + (size_t)(i + least(r, count - 1)) * qkv.stride + d) * what.scaling;
+            for (int j = 0; j < padded; j += 2 * LANES) {
+                vf sums[4][2] = {};
                 for (int d = 0; d < width; d++) {
-                    vf key = load(turned + (size_t)d * padded + j);
-                    SEC_UNROLL for (int r = 0; r < 4; r++)
-                        sums[r] += key * one(queries + (size_t)(i + least(r, count - 1)) * qkv.stride + d);
+                    const float* key = turned + (size_t)d * padded + j;
+                    const vf low = load(key), high = load(key + LANES);
+                    SEC_UNROLL for (int r = 0; r < 4; r++) {
+                        sums[r][0] += low * asked[4 * d + r];
+                        sums[r][1] += high * asked[4 * d + r];
+                    }
                 }
-                SEC_UNROLL for (int r = 0; r < 4; r++) store(rows + (size_t)r * padded + j, sums[r] * what.scaling);
+                SEC_UNROLL for (int r = 0; r < 4; r++) {
+                    store(rows + (size_t)r * padded + j, sums[r][0]);
+                    store(rows + (size_t)r * padded + j + LANES, sums[r][1]);
+                }
             }
+            float inverse[4] = {};
             for (int r = 0; r < count; r++) inverse[r] = softmax(rows + (size_t)r * padded, tokens, padded, h, i + r);
-            for (int c = 0; c < width; c += LANES) {
-                vf sums[4] = {};
+            for (int c = 0; c < width; c += 2 * LANES) {
+                const int next = c + LANES < width ? LANES : 0;  // the second half of the last columns may not be there
+                vf sums[4][2] = {};
                 for (int j = 0; j < tokens; j++) {
-                    vf value = load(values + (size_t)j * qkv.stride + c);  // may read on into the slack
-                    SEC_UNROLL for (int r = 0; r < 4; r++) sums[r] += value * rows[(size_t)r * padded + j];
+                    const Value* value = values + (size_t)j * qkv.stride + c;
+                    const vf low = load(value), high = load(value + next);  // may read on into the slack
+                    SEC_UNROLL for (int r = 0; r < 4; r++) {
+                        sums[r][0] += low * rows[(size_t)r * padded + j];
+                        sums[r][1] += high * rows[(size_t)r * padded + j];
+                    }
                 }
                 SEC_UNROLL for (int r = 0; r < 4; r++) {
                     if (r >= count) break;
-                    vf found = sums[r] * inverse[r];
                     Value* out = (Value*)to.data + (size_t)(first + i + r) * to.stride + h * width + c;
-                    if (c + LANES <= width)
-                        store(out, found);
-                    else
-                        for (int d = 0; d < width - c; d++) put(out + d, found[d]);
+                    write(out, sums[r][0] * inverse[r], width - c);
+                    if (next > 0) write(out + LANES, sums[r][1] * inverse[r], width - c - LANES);
                 }
             }
         }
+    }
+
+    SEC_INLINE void write(Value* out, vf found, int left) {
+        if (left >= LANES) return store(out, found);
+        for (int d = 0; d < left; d++) put(out + d, found[d]);
     }
 
     // Exponentials in place, 0 behind the last token; the inverse of their sum. Scores are scaled already.
@@ -431,7 +447,8 @@ struct AttentionRun {
         const float top = highest(high);
         vf sum = {};
         for (int j = 0; j < padded; j += LANES) {
-            vf found = exponential(load(row + j) - top);
+            const vf apart = load(row + j) - top;
+            const vf found = sizeof(Value) == 2 ? power_short(larger(apart * LOG2_E, splat(-126.0f))) : exponential(apart);
             store(row + j, found);
             sum += found;
         }
@@ -473,7 +490,7 @@ struct AttentionRun {
 };
 
 static size_t generic_attention_scratch(int width, int tokens) {
-    return (size_t)(width + 4) * up_to(tokens, LANES) + 4 * LANES;
+    return (size_t)(width + 4) * up_to(tokens, 2 * LANES) + 4 * (size_t)width + 4 * LANES;
 }
 
 template <class Value>
