@@ -11,6 +11,10 @@
 #include "kernels.h"
 #include "secateur.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
 #endif
@@ -117,6 +121,14 @@ struct Workspace {
 }  // namespace secateur
 
 using namespace secateur;
+
+static int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 struct sec_encoder {
     sec_config config;
@@ -342,17 +354,28 @@ int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t e
         }
         for (int32_t i = 0; i < examples; i++) longest = most((int)longest, starts[i + 1] - starts[i]);
         if (most_tokens == 0) return 0;
-        auto work = encoder->workspace(most_tokens, longest, threads);
-        std::vector<int32_t> from_here;
-        int32_t begin = 0;
-        for (int32_t end : ends) {
-            from_here.assign(starts + begin, starts + end + 1);
-            for (int32_t& start : from_here) start -= starts[begin];
-            encoder->run(x + (size_t)starts[begin] * encoder->config.hidden, from_here.data(), end - begin, threads, *work);
-            begin = end;
+        // Enough chunks for all threads: each takes whole ones, and none waits for another within a layer.
+        const int chunks = (int)ends.size(), outer = chunks >= threads ? threads : 1, inner = outer > 1 ? 1 : threads;
+        std::vector<std::unique_ptr<Workspace>> work;
+        for (int i = 0; i < outer; i++) work.push_back(encoder->workspace(most_tokens, longest, inner));
+        std::vector<std::vector<int32_t>> inside;  // where examples begin, from the beginning of their chunk
+        for (int i = 0, begin = 0; i < chunks; begin = ends[i++]) {
+            inside.emplace_back(starts + begin, starts + ends[i] + 1);
+            for (int32_t& place : inside.back()) place -= starts[begin];
+        }
+        auto pass = [&](int i, Workspace& spare) {
+            const int32_t begin = i > 0 ? ends[i - 1] : 0;
+            float* rows = x + (size_t)starts[begin] * encoder->config.hidden;
+            encoder->run(rows, inside[i].data(), ends[i] - begin, inner, spare);
+        };
+        if (outer > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(outer)
+            for (int i = 0; i < chunks; i++) pass(i, *work[thread_number()]);
+        } else {  // no region around those of the layers: threads of a nested one are made anew each time
+            for (int i = 0; i < chunks; i++) pass(i, *work[0]);
         }
         std::lock_guard<std::mutex> guard(encoder->lock);
-        encoder->spare.push_back(std::move(work));
+        for (auto& each : work) encoder->spare.push_back(std::move(each));
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;
