@@ -23,7 +23,7 @@ from secateur.subnetwork import SubNetwork
 from secateur.tasks import evaluate, load_task
 from secateur.tasks.batching import BucketSampler
 from secateur.train import Settings, bf16_pays, distilled, finetune, fit, last_checkpoint, output_distance
-from secateur.train.loop import bf16_products
+from secateur.train.precision import bf16_products
 from tests.unit import tiny_text
 
 ROOT = Path(__file__).parents[2]

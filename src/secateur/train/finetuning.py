@@ -18,7 +18,8 @@ from secateur.errors import AnotherRun, SecateurError
 from secateur.hub import save_folder, write_model
 from secateur.tasks.heads import open_base
 from secateur.tasks.task import Task, fingerprint
-from secateur.train.loop import Settings, bf16_pays, fit, quiet
+from secateur.train.loop import Settings, fit, quiet
+from secateur.train.precision import bf16_pays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -38,6 +38,7 @@ from secateur.tasks.task import Task
 from secateur.train.binarizing import LatentWeights
 from secateur.train.finite import StopsWhenDiverged, check_finite, diverged
 from secateur.train.losses import Objective
+from secateur.train.precision import bf16_products
 from secateur.train.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -134,28 +135,6 @@ def fit(
     _without_autocast(model)
     check_finite(model, steps)
     model.eval()
-
-
-def bf16_pays() -> bool:
-    """Return whether this machine multiplies in bfloat16: a GPU that does, or a CPU with AMX or AVX-512 for it."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-@contextmanager
-def bf16_products() -> Iterator[None]:
-    """Round operands of float32 matrix products to bfloat16 within the context; results and their sums stay float32.
-
-    Products of whole numbers up to 256, such as those of quantised operands, are as exact as before.
-    """
-    usual = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(usual)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
