@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import engine_quality
 import engines
 import late_quality
 import late_scores
@@ -140,6 +141,12 @@ def engines_table() -> str:
     return engines.table(record) if record else ""
 
 
+def engine_quality_table() -> str:
+    """Metric of the native engine and of the model."""
+    record = results("engine_quality")
+    return engine_quality.table(record) if record else ""
+
+
 def nas_tables() -> str:
     """Fronts by setting, and rivals at as many parameters."""
     records = [record for task in ("stsb", "sst2") if (record := results(f"nas_quality_{task}"))]
@@ -173,7 +180,7 @@ BLOCKS = {
     },
     "methods/mgpp.md": {"quality": partial(trained, "mgpp", "sparsity", "{:g} %"), "latency": mgpp_latency},
     "methods/nas.md": {"quality": nas_tables},
-    "runtime.md": {"engines": engines_table},
+    "runtime.md": {"engines": engines_table, "engine-quality": engine_quality_table},
     "methods/bit.md": {"quality": partial(trained, "bit", "bits", "A{:g}"), "start": bit_start},
 }
 

@@ -107,6 +107,25 @@ class DropTokens:
         """The edit with the dial where it stands now."""
         return dial_of(model).edit
 
+    def shares(self, alpha: float) -> tuple[float, ...]:
+        """Share of its tokens that each layer hands on at a setting."""
+        return shares(self.profile, alpha, self.least, self.steeper)
+
+    def speedup(self, costs: TokenCosts, alpha: float, tokens: int | None = None) -> float:
+        """The speed-up of a setting, for layers of these costs, at a length; at the edit's own if None."""
+        stay = self.protected + self.recent
+        return costs.at(self.profile, alpha, tokens or self.tokens, self.least, stay, self.steeper)
+
+    def alpha_for(self, costs: TokenCosts, speedup: float, tokens: int | None = None) -> float:
+        """The setting for a wanted speed-up.
+
+        Raises:
+            SecateurError: below 1.
+            InvalidBudget: beyond reach.
+        """
+        stay = self.protected + self.recent
+        return costs.solve(self.profile, speedup, tokens or self.tokens, self.least, stay, self.steeper)
+
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, **asdict(self), "profile": list(self.profile), "steeper": list(self.steeper)}
 
@@ -206,7 +225,7 @@ class Dial:
         now = _NOW.get().get(id(self))
         if now is not None and now.shares is not None:
             return now.shares
-        return shares(self._edit.profile, self.alpha, self._edit.least, self._edit.steeper)
+        return self._edit.shares(self.alpha)
 
     @property
     def costs(self) -> TokenCosts:
@@ -259,9 +278,7 @@ class Dial:
 
     def speedup_at(self, alpha: float, tokens: int | None = None) -> float:
         """The speed-up of a setting at a length."""
-        edit = self._edit
-        stay = edit.protected + edit.recent
-        return self.costs.at(edit.profile, alpha, tokens or edit.tokens, edit.least, stay, edit.steeper)
+        return self._edit.speedup(self.costs, alpha, tokens)
 
     def alpha_for(self, speedup: float, tokens: int | None = None) -> float:
         """The setting for a wanted speed-up at a length.
@@ -270,9 +287,7 @@ class Dial:
             SecateurError: below 1.
             InvalidBudget: beyond reach.
         """
-        edit = self._edit
-        stay = edit.protected + edit.recent
-        return self.costs.solve(edit.profile, speedup, tokens or edit.tokens, edit.least, stay, edit.steeper)
+        return self._edit.alpha_for(self.costs, speedup, tokens)
 
     def at(self, alpha: float) -> AbstractContextManager[None]:
         """Another setting within the context, for this thread alone; 0 is the dense model."""

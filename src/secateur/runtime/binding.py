@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class _Config(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("hidden", "layers", "activation", "precision", "tier", "reach")]
 
 
+class _Dropping(ctypes.Structure):
+    _fields_ = [
+        ("shares", ctypes.POINTER(ctypes.c_double)),
+        *((name, ctypes.c_int32) for name in ("first", "last", "queries", "by_value", "diagonal")),
+        ("beta", ctypes.c_float),
+        ("every", ctypes.c_int32),
+    ]
+
+
 class NativeEncoder:
     """The layers in C++, with weights packed for the instructions of a tier.
 
@@ -104,7 +113,7 @@ class NativeEncoder:
         self.tier = TIERS[self._library.sec_tier(self._handle)]
         self.bytes = int(self._library.sec_bytes(self._handle))
 
-    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """See `Encoder`."""
         given = len(starts) - 1, 1 if os.getpid() != _PROCESS else threads  # a fork has no threads but its own
         found = torch.empty(len(ids), self._tables.width)
@@ -115,7 +124,8 @@ class NativeEncoder:
             if wrong:
                 raise out_of_range(self._plan, wrong)
             found = projected(self._plan, found)
-            if self._library.sec_run(self._handle, _floats(found), places, *given):
+            dropping = _dropping(self._plan, alpha)
+            if self._library.sec_run(self._handle, _floats(found), places, *given, dropping):
                 raise SecateurError("There is not enough memory for this batch: give fewer examples at a time.")
         return found
 
@@ -145,6 +155,25 @@ class NativeEncoder:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) and self._open:
             self.close()
+
+
+def _dropping(plan: Plan, alpha: float) -> Any:
+    """How tokens go at a setting of the dial; null where none does."""
+    if plan.dropping is None or alpha == 0:
+        return ctypes.c_void_p(None)
+    edit = plan.dropping.edit
+    kept = edit.shares(alpha)
+    made = _Dropping(
+        (ctypes.c_double * len(kept))(*kept),
+        edit.protected,
+        edit.recent,
+        edit.queries,
+        int(edit.weighting == "value"),
+        int(edit.diagonal),
+        edit.beta,
+        int(not plan.head.first),
+    )
+    return ctypes.byref(made)
 
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.int64) -> ctypes.c_void_p:

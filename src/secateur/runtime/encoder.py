@@ -7,9 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from secateur.errors import InvalidData
 from secateur.runtime.plan import Affine, LayerPlan, Plan
+from secateur.tokens.scores import asking
+from secateur.tokens.state import Pass, Selection
 
 
 class Encoder(Protocol):
@@ -23,7 +26,7 @@ class Encoder(Protocol):
     tier: str
     bytes: int
 
-    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """Hidden states (tokens, width) of ids that lie one behind the other.
 
         Args:
@@ -31,6 +34,8 @@ class Encoder(Protocol):
             starts: (examples + 1,), int32: example i has the tokens starts[i] to starts[i + 1].
             types: token types, (tokens,), int64; 0 if None.
             threads: to compute with.
+            alpha: setting of the dial, of a plan with one. Tokens that went have their last states if the head reads
+                them, else only each example's first row has a meaning.
 
         Raises:
             InvalidData: ids, lengths or types that the model does not read.
@@ -67,20 +72,30 @@ class TorchEncoder:
         maps = [m for layer in plan.layers for m in (layer.qkv, layer.out, layer.up, layer.down) if m is not None]
         self.bytes = sum(m.weight.nbytes for m in maps)
 
-    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
+    def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """See `Encoder`; threads are torch's."""
-        hidden = projected(self.plan, self._embedded(ids, starts, types))
-        lengths = starts.diff().tolist()
-        for layer in self.plan.layers:
+        plan = self.plan
+        hidden = projected(plan, self._embedded(ids, starts, types))
+        now = _pass(plan, starts, alpha)
+        if now is not None:
+            hidden = hidden.clone()  # states of tokens that go are kept, not written over
+        for number, layer in enumerate(plan.layers):
+            if now is not None:
+                now.enter(number)
             if layer.out is not None and layer.after_attention is not None:
-                added = _mapped(self._context(layer, hidden, lengths), layer.out)
-                self._settle(hidden, added, layer.after_attention)
+                added = _mapped(self._context(layer, hidden, _places(starts, now), now), layer.out)
+                hidden = self._settled(hidden, added, layer.after_attention)
+            if now is not None:
+                now.choose()
+                hidden = now.shorten(hidden[None])[0]
             if layer.down is not None and layer.after_feed_forward is not None:
                 inner = _mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
-                self._settle(
-                    hidden, _mapped(_activated(inner, self.plan.activation), layer.down), layer.after_feed_forward
+                hidden = self._settled(
+                    hidden, _mapped(_activated(inner, plan.activation), layer.down), layer.after_feed_forward
                 )
-        return hidden
+        if now is None:
+            return hidden
+        return now.restore(hidden[None])[_real(starts)]
 
     def close(self) -> None:
         """Nothing is held."""
@@ -104,29 +119,69 @@ class TorchEncoder:
             found += plan.types[0] if types is None else functional.embedding(types, plan.types)
         return functional.layer_norm(found, found.shape[-1:], plan.norm.weight, plan.norm.bias, plan.epsilon)
 
-    def _context(self, layer: LayerPlan, hidden: Tensor, lengths: list[int]) -> Tensor:
+    def _context(self, layer: LayerPlan, hidden: Tensor, places: list[Tensor], now: Pass | None) -> Tensor:
+        """What each token reads of its example; `places` of its tokens in the input."""
         if layer.qkv is None:
             return hidden[:, :0]
         qkv = _mapped(hidden, layer.qkv).view(len(hidden), 3, layer.heads, layer.width)
-        parts = [part.permute(1, 2, 0, 3) for part in qkv.split(lengths)]
-        found = [
-            functional.scaled_dot_product_attention(q[None], k[None], v[None], _bias(layer, q.shape[1]))[0]
-            for q, k, v in parts
-        ]
-        return torch.cat([part.transpose(0, 1).flatten(1) for part in found])
+        contexts, scores = [], []
+        for (q, k, v), where in zip(
+            (p.permute(1, 2, 0, 3) for p in qkv.split([len(p) for p in places])), places, strict=True
+        ):
+            bias = _bias(layer, where)
+            contexts.append(functional.scaled_dot_product_attention(q[None], k[None], v[None], bias)[0])
+            if now is not None and now.scoring:
+                scores.append(_score(now, q, k, v, bias))
+        if now is not None and now.scoring:
+            now.observe(pad_sequence(scores, batch_first=True, padding_value=-torch.inf))
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in contexts])
 
-    def _settle(self, hidden: Tensor, added: Tensor, norm: Affine) -> None:
-        hidden.copy_(
-            functional.layer_norm(hidden + added, hidden.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
-        )
+    def _settled(self, hidden: Tensor, added: Tensor, norm: Affine) -> Tensor:
+        return functional.layer_norm(hidden + added, hidden.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
 
 
-def _bias(layer: LayerPlan, tokens: int) -> Tensor | None:
+def _pass(plan: Plan, starts: Tensor, alpha: float) -> Pass | None:
+    """The state of token elimination; None where no token goes."""
+    if plan.dropping is None or alpha == 0:
+        return None
+    edit = plan.dropping.edit
+    how = Selection(edit.weighting, edit.diagonal, edit.beta, edit.queries, edit.protected, edit.recent)
+    return Pass(_rows_of(starts), edit.shares(alpha), how, packed=True)
+
+
+def _rows_of(starts: Tensor) -> Tensor:
+    """(examples, longest): True where an example has a token."""
+    lengths = starts.diff()
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def _real(starts: Tensor) -> tuple[Tensor, ...]:
+    """Index of the tokens in padded rows."""
+    return tuple(_rows_of(starts).nonzero().T)
+
+
+def _places(starts: Tensor, now: Pass | None) -> list[Tensor]:
+    """Of each example: places, in the input, of the tokens that are left."""
+    if now is None:
+        return [torch.arange(n) for n in starts.diff().tolist()]
+    return [row[:n] for row, n in zip(now.layout.slots, now.layout.lengths, strict=True)]
+
+
+def _score(now: Pass, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Scores of an example's tokens, (tokens,), from the queries that ask."""
+    real = torch.ones(1, q.shape[1], dtype=torch.bool)
+    asked = asking(torch.tensor([q.shape[1]]), now.selection.queries, tokens=q.shape[1])
+    logits = q[None, :, asked[0]] @ k[None].transpose(2, 3) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias[:, :, asked[0]]
+    return now.score(logits.softmax(dim=-1), real, v[None], asked)[0]
+
+
+def _bias(layer: LayerPlan, places: Tensor) -> Tensor | None:
     """What is added to scores, (1, heads, queries, keys)."""
     if layer.relative is None:
         return None
-    place = torch.arange(tokens)
-    return layer.relative[:, place[None] - place[:, None] + layer.relative.shape[1] // 2][None]
+    return layer.relative[:, places[None] - places[:, None] + layer.relative.shape[1] // 2][None]
 
 
 def _mapped(x: Tensor, affine: Affine) -> Tensor:

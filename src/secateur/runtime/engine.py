@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.costs.tokens import FASTEST
 from secateur.errors import InvalidData, SecateurError
 from secateur.hub import open_any, open_tokenizer
 from secateur.runtime.binding import NativeEncoder, Precision
@@ -84,6 +85,7 @@ class Engine:
         self.encoder = _encoder(plan, precision, tier)
         self.precision = precision if self.encoder.tier != "torch" else "fp32"
         self._plan: Plan | None = replace(plan, layers=())
+        self._alpha = plan.dropping.edit.alpha if plan.dropping is not None else 0.0
 
     @property
     def threads(self) -> int:
@@ -95,6 +97,28 @@ class Engine:
         if type(count) is not int or not 1 <= count <= MOST_THREADS:
             raise SecateurError(f"Threads are a whole number from 1 to {MOST_THREADS}, not {count!r}.")
         self._threads = count
+
+    @property
+    def speedup(self) -> float:
+        """MACs of the dense layers over those with tokens eliminated, at the dial's length; 1 without a dial.
+
+        It may be set between calls, by any thread: each call runs at the setting that it found.
+        """
+        dropping = self.plan.dropping
+        return 1.0 if dropping is None else dropping.edit.speedup(dropping.costs, self._alpha)
+
+    @speedup.setter
+    def speedup(self, value: float) -> None:
+        dropping = self.plan.dropping
+        if dropping is None:
+            raise SecateurError("This model has no dial: compress it with the method 'late' first.")
+        self._alpha = dropping.edit.alpha_for(dropping.costs, value)
+
+    @property
+    def reach(self) -> float:
+        """The largest speed-up; 1 without a dial."""
+        dropping = self.plan.dropping
+        return 1.0 if dropping is None else dropping.edit.speedup(dropping.costs, FASTEST)
 
     @property
     def plan(self) -> Plan:
@@ -148,17 +172,18 @@ class Engine:
         if int(lengths.sum()) != len(ids) or (types is not None and len(types) != len(ids)) or not len(lengths):
             raise InvalidData(f"{len(ids)} ids do not fit lengths that add up to {int(lengths.sum())}, or their types.")
         starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
-        hidden = self.encoder.run(ids, starts, types, self.threads)
+        hidden = self.encoder.run(ids, starts, types, self.threads, self._alpha)
         return _head(plan.head, hidden[starts[:-1].long()] if plan.head.first else hidden)
 
     def info(self) -> dict[str, Any]:
-        """What runs where: tier, precision, threads, bytes of packed weights and of tables, layers left."""
+        """What runs where: tier, precision, threads, speed-up, bytes of packed weights and of tables, layers left."""
         plan = self.plan
         tables = [table for table in (plan.words, plan.positions, plan.types) if table is not None]
         return {
             "tier": self.encoder.tier,
             "precision": self.precision,
             "threads": self.threads,
+            "speedup": self.speedup,
             "bytes": self.encoder.bytes,
             "table_bytes": sum(table.nbytes for table in tables),
             "layers": self.layers,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.edits import Bypass, Slice, Sparsify
+from secateur.costs.tokens import TokenCosts
+from secateur.edits import Bypass, DropTokens, Slice, Sparsify
+from secateur.edits.tokens import dial_of
 from secateur.errors import InvalidModel, UnsupportedModel
 from secateur.families import Site, sites
 from secateur.hub import edits_of
@@ -83,6 +85,19 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Dropping:
+    """Layers that hand on fewer tokens, as a dial says.
+
+    Attributes:
+        edit: profile, and how tokens are scored.
+        costs: MACs of the layers, by which a speed-up is counted.
+    """
+
+    edit: DropTokens
+    costs: TokenCosts
+
+
+@dataclass(frozen=True)
 class Plan:
     """An encoder and its head.
 
@@ -97,6 +112,7 @@ class Plan:
         activation: of the feed-forward blocks.
         layers: in order.
         head: what gives the logits.
+        dropping: token elimination between attention and feed-forward blocks; None without.
     """
 
     hidden: int
@@ -111,6 +127,7 @@ class Plan:
     activation: str
     layers: tuple[LayerPlan, ...] = field(repr=False)
     head: Head = field(repr=False)
+    dropping: Dropping | None = None
 
     @property
     def longest(self) -> int:
@@ -127,7 +144,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
 
     Args:
         model: a classifier of sequences or tokens whose family is in `FAMILIES`, dense, sliced, bypassed, or sparse,
-            whose zeros are weights like any.
+            whose zeros are weights like any, or eliminating tokens.
 
     Raises:
         UnsupportedModel: another architecture, head, activation or edit, or maps that are no plain ones.
@@ -139,7 +156,8 @@ def plan_of(model: PreTrainedModel) -> Plan:
         raise UnsupportedModel(
             f"The engine runs {', '.join(FAMILIES)}, not {name}: use the model itself, or export it."
         )
-    if other := [edit.type for edit in edits_of(model) if not isinstance(edit, (Slice, Bypass, Sparsify))]:
+    edits = edits_of(model)
+    if other := [edit.type for edit in edits if not isinstance(edit, (Slice, Bypass, Sparsify, DropTokens))]:
         raise UnsupportedModel(f"The engine does not run what the edit {other[0]} made: use the model itself.")
     for name_of, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -172,6 +190,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
         activation=ACTIVATIONS[activation],
         layers=tuple(_layer(heads, neurons, positional) for heads, neurons in pairs),
         head=_head(model),
+        dropping=next((Dropping(edit, dial_of(model).costs) for edit in edits if isinstance(edit, DropTokens)), None),
     )
 
 

@@ -197,7 +197,7 @@ static void product(Precision precision, const void* input, const float* scale, 
 
 static size_t attention_scratch(int width, int tokens) {
     const size_t padded = up_to(tokens, 32);
-    const size_t tiles = padded * width + padded * 16 + 16 * padded / 2 + 16 * (size_t)width + 4 * 64;
+    const size_t tiles = padded * width + padded * 16 + 16 * padded / 2 + 16 * (size_t)width + padded + 4 * 64;
     return up_to((int)most((int)tiles, (int)generic_attention_scratch(width, tokens)), 64);
 }
 
@@ -254,6 +254,7 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
             }
     settle();
     const AttentionRun<uint16_t> run{qkv, to, what};
+    float* paid = run.begin_scores(found + (size_t)16 * width, padded);
     for (int i = 0; i < tokens; i += 16) {
         const int count = least(16, tokens - i);
         const uint16_t* query = queries + (size_t)i * stride;  // rows behind the last token are read and not used
@@ -270,7 +271,8 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
         float inverse[16];
         for (int r = 0; r < count; r++) {
             const size_t at = (size_t)r * padded;
-            inverse[r] = run.softmax_short(scores + at, probabilities + at, tokens, padded, h, i + r);
+            inverse[r] = run.softmax_short(scores + at, probabilities + at, tokens, padded, h, first, i + r);
+            if (paid != nullptr) run.count_in(probabilities + at, inverse[r], tokens, i + r, paid);
         }
         settle();
         for (int c = 0; c < width / 16; c++) {
@@ -288,6 +290,7 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
                 store((uint16_t*)to.data + (size_t)(first + i + r) * to.stride + h * width + c,
                       load(found + (size_t)r * width + c) * inverse[r]);
     }
+    if (paid != nullptr) run.end_scores(paid, values, tokens, h, first);
 }
 
 static void attention(Rows qkv, const Attention& what, Rows to, int threads) {

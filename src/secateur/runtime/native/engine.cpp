@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "dropping.h"
 #include "kernels.h"
 #include "secateur.h"
 
@@ -30,6 +31,7 @@ namespace {
 
 constexpr size_t LARGE = 1 << 21;  // bytes of a large page
 constexpr int CHUNK = 256;  // tokens of whole examples that go through the layers together, so that they stay in cache
+constexpr int MOST_ENTERING = 512;  // where most of them go on the way
 
 struct Freed {
     void operator()(void* p) const { free(p); }
@@ -114,7 +116,7 @@ struct Layer {
 struct Workspace {
     size_t tokens = 0, longest = 0;
     int threads = 0;
-    Memory input, scale, wide, context, narrow, scratch;
+    Memory input, scale, wide, context, narrow, scratch, scores, last;
 };
 
 }  // namespace
@@ -139,7 +141,7 @@ struct sec_encoder {
     char* free_from = nullptr;
     size_t left = 0;
     int64_t bytes = 0;
-    int widest = 0, deepest = 0, widest_context = 0, widest_head = 0;
+    int widest = 0, deepest = 0, widest_context = 0, widest_head = 0, most_heads = 0;
     std::mutex lock;
     std::vector<std::unique_ptr<Workspace>> spare;
 
@@ -203,6 +205,7 @@ struct sec_encoder {
             layer.relative.assign(given.relative, given.relative + (size_t)given.heads * (2 * config.reach + 1));
         widest_context = most(widest_context, up_to(given.heads * given.head_width, 16));
         widest_head = most(widest_head, given.head_width);
+        most_heads = most(most_heads, given.heads);
         layers.push_back(std::move(layer));
     }
 
@@ -226,14 +229,22 @@ struct sec_encoder {
         fresh.context = allocate(rows * widest_context * entry());
         fresh.narrow = allocate(rows * up_to(config.hidden, WIDE) * entry());
         fresh.scratch = allocate(each * threads * sizeof(float));
+        fresh.scores = allocate(rows * most_heads * sizeof(float));
+        fresh.last = allocate(rows * config.hidden * sizeof(float));
         *found = std::move(fresh);
         return found;
     }
 
-    void run(float* x, const int32_t* starts, int examples, int threads, Workspace& work) const {
-        const int rows = starts[examples], hidden = config.hidden;
+    void run(float* x, const int32_t* starts, int examples, int threads, const sec_dropping* dropping,
+             Workspace& work) const {
+        const int given_rows = starts[examples], hidden = config.hidden;
+        const bool every = dropping != nullptr && dropping->every;
+        int rows = given_rows;
+        Tokens tokens(starts, examples, dropping);
         void* input = work.input.get();
         float* scale = (float*)work.scale.get();
+        float* last = (float*)work.last.get();
+        const size_t bytes = (size_t)hidden * sizeof(float);
         const Rows stream{x, hidden, false};
         const Rows narrow{work.narrow.get(), up_to(hidden, WIDE), half()};
         auto through = [&](const Map& map, Rows from, Activation activation, Rows to) {
@@ -243,22 +254,41 @@ struct sec_encoder {
         auto settle = [&](const Norm& norm, const Rows* y, const float* bias) {
             kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, threads);
         };
-        for (const Layer& layer : layers) {
+        for (int index = 0; index < (int)layers.size(); index++) {
+            const Layer& layer = layers[index];
             const sec_layer& given = layer.given;
-            if (!given.skip_attention && given.heads > 0) {
+            const bool attends = !given.skip_attention && given.heads > 0;
+            float* scores = attends && tokens.scored(index) ? (float*)work.scores.get() : nullptr;
+            const Rows context{work.context.get(), up_to(given.heads * given.head_width, 16), half()};
+            // Tokens go where they are scored; if their last states are wanted, once they have these.
+            auto drop = [&] {
+                if (!tokens.choose(index, scores, given.heads, given_rows)) return;
+                if (every)
+                    for (const auto& [at, row] : tokens.gone) memcpy(last + row * hidden, x + at * hidden, bytes);
+                tokens.shorten(x, bytes);
+                if (attends && !every) tokens.shorten(context.data, context.stride * entry());
+                rows = tokens.count();
+            };
+            if (attends) {
                 const Rows qkv{work.wide.get(), layer.qkv.wide, half()};
-                const Rows context{work.context.get(), up_to(given.heads * given.head_width, 16), half()};
                 const size_t each = kernels->attention_scratch(given.head_width, (int)work.longest);
                 const Attention what{given.heads, given.head_width, examples, config.reach, given.scaling,
-                                     layer.relative.empty() ? nullptr : layer.relative.data(), starts,
-                                     (float*)work.scratch.get(), each};
+                                     layer.relative.empty() ? nullptr : layer.relative.data(), tokens.starts.data(),
+                                     (float*)work.scratch.get(), each,
+                                     dropping != nullptr ? tokens.places.data() : nullptr, scores, given_rows,
+                                     scores != nullptr ? dropping->queries : 0, scores != nullptr && dropping->by_value,
+                                     scores != nullptr && dropping->diagonal};
                 through(layer.qkv, stream, NONE, qkv);
                 kernels->attention(qkv, what, context, threads);
+            }
+            if (dropping != nullptr && !every) drop();
+            if (attends) {
                 through(layer.out, context, NONE, narrow);
                 settle(layer.after_attention, &narrow, nullptr);
             } else if (!given.skip_attention) {
                 settle(layer.after_attention, nullptr, layer.out.bias);
             }
+            if (every) drop();
             if (!given.skip_feed_forward && given.neurons > 0) {
                 const Rows neurons{work.wide.get(), layer.up.wide, half()};
                 through(layer.up, stream, (Activation)config.activation, neurons);
@@ -267,6 +297,13 @@ struct sec_encoder {
             } else if (!given.skip_feed_forward) {
                 settle(layer.after_feed_forward, nullptr, layer.down.bias);
             }
+        }
+        if (every) {
+            for (int t = 0; t < rows; t++) memcpy(last + (size_t)tokens.rows[t] * hidden, x + (size_t)t * hidden, bytes);
+            memcpy(x, last, (size_t)given_rows * bytes);
+        } else if (rows < given_rows) {  // first tokens back to where they were, the last example's first
+            for (int i = examples - 1; i >= 0; i--)
+                memmove(x + (size_t)starts[i] * hidden, x + (size_t)tokens.starts[i] * hidden, bytes);
         }
     }
 };
@@ -281,6 +318,14 @@ static bool fits(const sec_config& config, const sec_layer& layer) {
                        (is(layer.down, config.hidden, layer.neurons) &&
                         (layer.neurons == 0 || is(layer.up, layer.neurons, config.hidden)));
     return attention && inner;
+}
+
+// Tokens that may enter together, so that about CHUNK of them are there in the middle layers.
+static int32_t entering(int layers, const sec_dropping* dropping) {
+    if (dropping == nullptr || layers == 0) return CHUNK;
+    double sum = 0;
+    for (int i = 0; i < layers; i++) sum += dropping->shares[i];
+    return least(MOST_ENTERING, (int)(CHUNK * layers / sum));
 }
 
 extern "C" {
@@ -341,13 +386,15 @@ int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const in
     return 0;
 }
 
-int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads) {
+int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads,
+                const sec_dropping* dropping) {
     try {
         size_t longest = 0, most_tokens = 0;
+        const int32_t chunk = entering(encoder->config.layers, dropping);
         std::vector<int32_t> ends;  // of chunks, in examples
         for (int32_t begin = 0; begin < examples;) {
             int32_t end = begin + 1;
-            while (end < examples && starts[end + 1] - starts[begin] <= CHUNK) end++;
+            while (end < examples && starts[end + 1] - starts[begin] <= chunk) end++;
             most_tokens = most((int)most_tokens, starts[end] - starts[begin]);
             ends.push_back(end);
             begin = end;
@@ -366,7 +413,7 @@ int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t e
         auto pass = [&](int i, Workspace& spare) {
             const int32_t begin = i > 0 ? ends[i - 1] : 0;
             float* rows = x + (size_t)starts[begin] * encoder->config.hidden;
-            encoder->run(rows, inside[i].data(), ends[i] - begin, inner, spare);
+            encoder->run(rows, inside[i].data(), ends[i] - begin, inner, dropping, spare);
         };
         if (outer > 1) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(outer)

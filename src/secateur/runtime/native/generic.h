@@ -387,6 +387,7 @@ struct AttentionRun {
         const Value* queries = (const Value*)qkv.data + (size_t)first * qkv.stride + h * width;
         const Value *keys = queries + all, *values = keys + all;
         float *turned = scratch, *asked = turned + (size_t)width * padded, *rows = asked + 4 * (size_t)width;
+        float* paid = begin_scores(rows + 4 * (size_t)padded, padded);
         for (int j = 0; j < tokens; j++)
             for (int d = 0; d < width; d++) turned[(size_t)d * padded + j] = one(keys + (size_t)j * qkv.stride + d);
         for (int d = 0; d < width; d++)
@@ -412,7 +413,10 @@ struct AttentionRun {
                 }
             }
             float inverse[4] = {};
-            for (int r = 0; r < count; r++) inverse[r] = softmax(rows + (size_t)r * padded, tokens, padded, h, i + r);
+            for (int r = 0; r < count; r++) {
+                inverse[r] = softmax(rows + (size_t)r * padded, tokens, padded, h, first, i + r);
+                if (paid != nullptr) count_in(rows + (size_t)r * padded, inverse[r], tokens, i + r, paid);
+            }
             for (int c = 0; c < width; c += 2 * LANES) {
                 const int next = c + LANES < width ? LANES : 0;  // the second half of the last columns may not be there
                 vf sums[4][2] = {};
@@ -432,6 +436,43 @@ struct AttentionRun {
                 }
             }
         }
+        if (paid != nullptr) end_scores(paid, values, tokens, h, first);
+    }
+
+    // --- scores of tokens: what the queries that ask pay to each
+
+    float* begin_scores(float* paid, int padded) const {
+        if (what.scores == nullptr) return nullptr;
+        memset(paid, 0, (size_t)padded * sizeof(float));
+        return paid;
+    }
+
+    // Adds a query's probabilities, which are still to be multiplied by `inverse`, if it is one that asks: all of a short
+    // text, those at s n / queries of a long one.
+    template <class Probability>
+    void count_in(const Probability* row, float inverse, int tokens, int query, float* paid) const {
+        const long asking = what.queries, n = tokens;
+        if (n > SHORT * asking) {
+            const long s = (query * asking + n - 1) / n;
+            if (s >= asking || s * n / asking != query) return;
+        }
+        for (int j = 0; j < tokens; j += LANES) store(paid + j, load(paid + j) + load(row + j) * inverse);
+        if (!what.diagonal) paid[query] -= one(row + query) * inverse;
+    }
+
+    void end_scores(const float* paid, const Value* values, int tokens, int h, int first) const {
+        float* to = what.scores + (size_t)h * what.score_stride + first;
+        for (int j = 0; j < tokens; j++)
+            to[j] = what.by_value ? paid[j] * sqrtf(squares(values + (size_t)j * qkv.stride)) : paid[j];
+    }
+
+    float squares(const Value* value) const {
+        vf sum = {};
+        int d = 0;
+        for (; d + LANES <= what.width; d += LANES) sum += load(value + d) * load(value + d);
+        float found = total(sum);
+        for (; d < what.width; d++) found += one(value + d) * one(value + d);
+        return found;
     }
 
     SEC_INLINE void write(Value* out, vf found, int left) {
@@ -440,8 +481,8 @@ struct AttentionRun {
     }
 
     // Exponentials in place, 0 behind the last token; the inverse of their sum. Scores are scaled already.
-    float softmax(float* row, int tokens, int padded, int h, int query) const {
-        place(row, tokens, padded, h, query);
+    float softmax(float* row, int tokens, int padded, int h, int first, int query) const {
+        place(row, tokens, padded, h, first, query);
         vf high = splat(-INFINITY);
         for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
         const float top = highest(high);
@@ -456,13 +497,14 @@ struct AttentionRun {
     }
 
     // The same from scores that are not scaled yet, into bfloat16.
-    [[maybe_unused]] float softmax_short(float* row, uint16_t* into, int tokens, int padded, int h, int query) const {
+    [[maybe_unused]] float softmax_short(float* row, uint16_t* into, int tokens, int padded, int h, int first,
+                                         int query) const {
         float scaling = what.scaling * LOG2_E;
         if (what.relative != nullptr) {
             for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * what.scaling);
             scaling = LOG2_E;
         }
-        place(row, tokens, padded, h, query);
+        place(row, tokens, padded, h, first, query);
         vf high = splat(-INFINITY);
         for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
         const float top = highest(high) * scaling;
@@ -476,11 +518,12 @@ struct AttentionRun {
     }
 
     // Adds the relative positions' bias, and takes what is behind the last token out.
-    void place(float* row, int tokens, int padded, int h, int query) const {
+    void place(float* row, int tokens, int padded, int h, int first, int query) const {
         if (what.relative != nullptr) {
             const float* bias = what.relative + (size_t)h * (2 * what.reach + 1);
+            const int32_t* at = what.places != nullptr ? what.places + first : nullptr;
             for (int j = 0; j < tokens; j++) {
-                int apart = j - query;
+                int apart = at != nullptr ? at[j] - at[query] : j - query;
                 apart = apart < -what.reach ? -what.reach : apart > what.reach ? what.reach : apart;
                 row[j] += bias[apart + what.reach];
             }
@@ -490,7 +533,7 @@ struct AttentionRun {
 };
 
 static size_t generic_attention_scratch(int width, int tokens) {
-    return (size_t)(width + 4) * up_to(tokens, 2 * LANES) + 4 * (size_t)width + 4 * LANES;
+    return (size_t)(width + 5) * up_to(tokens, 2 * LANES) + 4 * (size_t)width + 4 * LANES;
 }
 
 template <class Value>

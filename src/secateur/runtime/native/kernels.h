@@ -13,6 +13,7 @@ constexpr int WIDE = 32;    // what outputs are padded to
 constexpr int DEPTH = 64;   // what inputs are padded to
 constexpr int BLOCK = 32;   // what rows of buffers are padded to
 constexpr int SLACK = 256;  // bytes that may be read beyond a buffer
+constexpr int SHORT = 4;    // texts of up to so many times the queries that score are scored by all of theirs
 
 static inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 static inline int least(int a, int b) { return a < b ? a : b; }
@@ -41,8 +42,13 @@ struct Attention {
     float scaling;
     const float* relative;
     const int32_t* starts;
-    float* scratch;       // of every thread
-    size_t scratch_each;  // floats
+    float* scratch;         // of every thread
+    size_t scratch_each;    // floats
+    const int32_t* places;  // of each token within its example; one behind the other if null
+    // How much attention each token gets, summed over the queries that score: heads x stride, or null.
+    float* scores;
+    int score_stride, queries;
+    bool by_value, diagonal;  // weighted by the size of its value; with what it pays to itself
 };
 
 struct Kernels {

@@ -50,6 +50,16 @@ typedef struct {
     sec_norm norm;
 } sec_tables;
 
+// How layers hand on fewer and fewer tokens: each example the best of its own, by the attention that they get.
+typedef struct {
+    const double* shares;        // of each layer: how many of an example's tokens it hands on
+    int32_t first, last;         // tokens at the ends that always stay
+    int32_t queries;             // that score a long example
+    int32_t by_value, diagonal;  // attention is weighted by the size of values; what a token pays to itself counts
+    float beta;                  // weight of the layers before in a score
+    int32_t every;               // all tokens come back, with their last states; else only each example's first one
+} sec_dropping;
+
 // The best tier that this build and this machine have.
 SEC_API int32_t sec_best_tier(void);
 // Null, with a reason in `why` (of `size` bytes), where the encoder cannot be made.
@@ -62,8 +72,9 @@ SEC_API int64_t sec_bytes(const sec_encoder* encoder);
 SEC_API int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
                           const int32_t* starts, int32_t examples, float* x, int32_t threads);
 // x: embeddings in, hidden states out, tokens x hidden; example i has the tokens starts[i] to starts[i + 1].
-// 0, or 1 where memory is short. Several threads may run one encoder at a time.
-SEC_API int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads);
+// `dropping` may be null. 0, or 1 where memory is short. Several threads may run one encoder at a time.
+SEC_API int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads,
+                        const sec_dropping* dropping);
 
 #ifdef __cplusplus
 }
