@@ -21,7 +21,6 @@ from secateur.runtime import load
 from secateur.tasks import batches, evaluate
 from secateur.tasks.metrics import compute
 
-
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
