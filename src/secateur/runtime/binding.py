@@ -14,19 +14,29 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InvalidData, SecateurError
+from secateur.runtime.binary import BinaryAffine, Rounding
 from secateur.runtime.build import TIERS, library
 from secateur.runtime.encoder import out_of_range, projected
-from secateur.runtime.plan import Affine, LayerPlan, Plan
+from secateur.runtime.plan import Affine, LayerPlan, LinearMap, Plan
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "1bit"]
 _PROCESS = os.getpid()
+_WORD_BITS = {torch.float32: 32, torch.int8: 8, torch.int64: 1}
 _ACTIVATIONS = {"gelu": 1, "relu": 2, "gelu_tanh": 3}
+
+
+class _Levels(ctypes.Structure):
+    _fields_ = [
+        ("shift", ctypes.c_void_p),
+        ("alpha", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("low", "high", "sign")),
+    ]
 
 
 class _Map(ctypes.Structure):
     _fields_ = [
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "signs", "scale")),
+        ("levels", _Levels),
         ("out", ctypes.c_int32),
         ("in_", ctypes.c_int32),
     ]
@@ -47,12 +57,18 @@ class _Layer(ctypes.Structure):
         ("relative", ctypes.c_void_p),
         *((name, _Map) for name in ("qkv", "out", "up", "down")),
         *((name, _Norm) for name in ("after_attention", "after_feed_forward")),
+        *((name, ctypes.c_int32) for name in ("split", "rounded")),
+        ("parts", _Map * 3),
+        ("operands", _Levels * 3),
+        ("probabilities", _Levels),
+        *((name, ctypes.c_float) for name in ("scores", "context")),
     ]
 
 
 class _Tables(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("words", "positions", "types")),
+        *((name, ctypes.c_void_p) for name in ("words", "positions", "types", "word_scale")),
+        ("word_bits", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("vocabulary", "places", "kinds", "width", "offset")),
         ("norm", _Norm),
     ]
@@ -85,7 +101,7 @@ class NativeEncoder:
             plan.hidden,
             len(plan.layers),
             _ACTIVATIONS[plan.activation],
-            get_args(Precision).index(precision),
+            get_args(Precision).index("fp32" if plan.binary else precision),
             -1 if tier is None else TIERS.index(tier),
             next((each.relative.shape[1] // 2 for each in plan.layers if each.relative is not None), 0),
         )
@@ -100,13 +116,15 @@ class NativeEncoder:
         types = plan.types
         self._plan = replace(plan, layers=())  # whose tables are read; the layers are packed
         self._tables = _Tables(
-            plan.words.data_ptr(),
+            plan.words.values.data_ptr(),
             plan.positions.data_ptr(),
             None if types is None else types.data_ptr(),
+            None if plan.words.scale is None else plan.words.scale.data_ptr(),
+            _WORD_BITS[plan.words.values.dtype],
             len(plan.words),
             len(plan.positions),
             0 if types is None else len(types),
-            plan.words.shape[1],
+            plan.words.width,
             plan.offset,
             _norm(plan.norm, plan.epsilon),
         )
@@ -190,7 +208,8 @@ def _floats(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _packed(layer: LayerPlan, epsilon: float) -> _Layer:
-    width = layer.width
+    width, levels = layer.width, layer.levels
+    operands = () if levels is None else (levels.query, levels.key, levels.value)
     return _Layer(
         layer.heads,
         width,
@@ -201,14 +220,28 @@ def _packed(layer: LayerPlan, epsilon: float) -> _Layer:
         None if layer.relative is None else layer.relative.data_ptr(),
         *(_map(each) for each in (layer.qkv, layer.out, layer.up, layer.down)),
         *(_norm(each, epsilon) for each in (layer.after_attention, layer.after_feed_forward)),
+        int(bool(layer.parts)),
+        int(levels is not None),
+        (_Map * 3)(*map(_map, layer.parts)),
+        (_Levels * 3)(*map(_levels, operands)),
+        *((_Levels(), 0.0, 0.0) if levels is None else (_levels(levels.probs), levels.factor(width), levels.context)),
     )
 
 
-def _map(affine: Affine | None) -> _Map:
+def _map(affine: LinearMap | None) -> _Map:
     if affine is None:
         return _Map()
-    out, inner = affine.weight.shape
-    return _Map(affine.weight.data_ptr(), None if affine.bias is None else affine.bias.data_ptr(), out, inner)
+    bias = None if affine.bias is None else affine.bias.data_ptr()
+    if isinstance(affine, BinaryAffine):
+        signs, scale = affine.words.data_ptr(), affine.scale.data_ptr()
+        return _Map(None, bias, signs, scale, _levels(affine.rounding), *affine.shape)
+    return _Map(affine.weight.data_ptr(), bias, None, None, _Levels(), *affine.weight.shape)
+
+
+def _levels(rounding: Rounding) -> _Levels:
+    levels, shift = rounding.levels, rounding.shift
+    pointer = None if shift is None else shift.data_ptr()
+    return _Levels(pointer, float(rounding.alpha), levels.lowest, levels.highest, int(levels.is_sign))
 
 
 def _norm(affine: Affine | None, epsilon: float) -> _Norm:

@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from secateur.errors import InvalidData
-from secateur.runtime.plan import Affine, LayerPlan, Plan
+from secateur.runtime.binary import BinaryAffine
+from secateur.runtime.plan import Affine, LayerPlan, LinearMap, Plan
 from secateur.tokens.scores import asking
 from secateur.tokens.state import Pass, Selection
 
@@ -59,7 +60,7 @@ def out_of_range(plan: Plan, what: int) -> InvalidData:
 
 def projected(plan: Plan, embeddings: Tensor) -> Tensor:
     """Embeddings in the hidden width."""
-    return embeddings if plan.project is None else _mapped(embeddings, plan.project)
+    return embeddings if plan.project is None else mapped(embeddings, plan.project)
 
 
 class TorchEncoder:
@@ -69,8 +70,8 @@ class TorchEncoder:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        maps = [m for layer in plan.layers for m in (layer.qkv, layer.out, layer.up, layer.down) if m is not None]
-        self.bytes = sum(m.weight.nbytes for m in maps)
+        maps = [each for layer in plan.layers for each in layer.maps]
+        self.bytes = sum((m.words if isinstance(m, BinaryAffine) else m.weight).nbytes for m in maps)
 
     def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """See `Encoder`; threads are torch's."""
@@ -83,15 +84,15 @@ class TorchEncoder:
             if now is not None:
                 now.enter(number)
             if layer.out is not None and layer.after_attention is not None:
-                added = _mapped(self._context(layer, hidden, _places(starts, now), now), layer.out)
+                added = mapped(self._context(layer, hidden, _places(starts, now), now), layer.out)
                 hidden = self._settled(hidden, added, layer.after_attention)
             if now is not None:
                 now.choose()
                 hidden = now.shorten(hidden[None])[0]
             if layer.down is not None and layer.after_feed_forward is not None:
-                inner = _mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
+                inner = mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
                 hidden = self._settled(
-                    hidden, _mapped(_activated(inner, plan.activation), layer.down), layer.after_feed_forward
+                    hidden, mapped(_activated(inner, plan.activation), layer.down), layer.after_feed_forward
                 )
         if now is None:
             return hidden
@@ -113,7 +114,7 @@ class TorchEncoder:
             if values is not None and len(values) and not (values.min() >= least and values.max() < most):
                 raise out_of_range(plan, number)
         first = starts[:-1].repeat_interleave(lengths)
-        found = functional.embedding(ids, plan.words)
+        found = plan.words(ids).clone()
         found += functional.embedding(torch.arange(len(ids)) - first + plan.offset, plan.positions)
         if plan.types is not None:
             found += plan.types[0] if types is None else functional.embedding(types, plan.types)
@@ -121,15 +122,17 @@ class TorchEncoder:
 
     def _context(self, layer: LayerPlan, hidden: Tensor, places: list[Tensor], now: Pass | None) -> Tensor:
         """What each token reads of its example; `places` of its tokens in the input."""
-        if layer.qkv is None:
+        if not layer.heads:
             return hidden[:, :0]
-        qkv = _mapped(hidden, layer.qkv).view(len(hidden), 3, layer.heads, layer.width)
+        parts = [mapped(hidden, each) for each in layer.parts or (layer.qkv,) if each is not None]
+        qkv = torch.cat(parts, dim=1).view(len(hidden), 3, layer.heads, layer.width)
         contexts, scores = [], []
         for (q, k, v), where in zip(
             (p.permute(1, 2, 0, 3) for p in qkv.split([len(p) for p in places])), places, strict=True
         ):
             bias = _bias(layer, where)
-            contexts.append(functional.scaled_dot_product_attention(q[None], k[None], v[None], bias)[0])
+            attend = functional.scaled_dot_product_attention if layer.levels is None else layer.levels
+            contexts.append(attend(q[None], k[None], v[None], bias)[0])
             if now is not None and now.scoring:
                 scores.append(_score(now, q, k, v, bias))
         if now is not None and now.scoring:
@@ -184,7 +187,10 @@ def _bias(layer: LayerPlan, places: Tensor) -> Tensor | None:
     return layer.relative[:, places[None] - places[:, None] + layer.relative.shape[1] // 2][None]
 
 
-def _mapped(x: Tensor, affine: Affine) -> Tensor:
+def mapped(x: Tensor, affine: LinearMap) -> Tensor:
+    """What a map makes of rows."""
+    if isinstance(affine, BinaryAffine):
+        return affine(x)
     return functional.linear(x, affine.weight, affine.bias)
 
 

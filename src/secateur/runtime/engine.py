@@ -21,7 +21,7 @@ from secateur.errors import InvalidData, SecateurError
 from secateur.hub import open_any, open_tokenizer
 from secateur.runtime.binding import NativeEncoder, Precision
 from secateur.runtime.build import TIERS, CannotBuild
-from secateur.runtime.encoder import Encoder, TorchEncoder
+from secateur.runtime.encoder import Encoder, TorchEncoder, mapped
 from secateur.runtime.plan import Head, Plan, plan_of
 from secateur.tasks.batching import token_limit
 
@@ -36,7 +36,7 @@ Batch = Sequence[Text] | Sequence[Sequence[int]]
 
 def load(
     source: str | Path | PreTrainedModel,
-    precision: Precision = "int8",
+    precision: Precision | None = None,
     *,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     threads: int | None = None,
@@ -46,8 +46,9 @@ def load(
 
     Args:
         source: a folder, a hub id, or a live model.
-        precision: of products: "fp32"; "bf16"; or "int8", weights with a scale for each output and inputs with one for
-            each token, found while it runs. Sums, norms and the residual stream are float32 in any case.
+        precision: of products: "fp32"; "bf16"; or "int8", the default, weights with a scale for each output and inputs
+            with one for each token, found while it runs. Sums, norms and the residual stream are float32 in any case. A
+            binary model runs on the bits that it has, "1bit", and on nothing else.
         tokenizer: for texts; read from the folder if None.
         threads: of each call; torch's if None.
         tier: "portable", "avx2", "avx512", "amx", or "torch" for the same computation without a compiler, in fp32; the
@@ -57,7 +58,7 @@ def load(
         UnsupportedModel: an architecture, a head or an edit that the engine does not run.
         SecateurError: an unknown precision or tier, or one that this machine does not have.
     """
-    if precision not in get_args(Precision):
+    if precision not in (None, *get_args(Precision)):
         raise SecateurError(f"A precision is {', '.join(get_args(Precision))}, not {precision!r}.")
     model = open_any(source) if isinstance(source, (str, Path)) else source
     words = tokenizer
@@ -65,7 +66,12 @@ def load(
         words = source
     if isinstance(words, (str, Path)):
         words = open_tokenizer(words)
-    return Engine(plan_of(model), words, precision, threads or torch.get_num_threads(), tier or os.environ.get(TIER))
+    plan = plan_of(model)
+    if precision is not None and plan.binary != (precision == "1bit"):
+        what = "is binary and runs on the bits that it has" if plan.binary else "is not binary"
+        raise SecateurError(f"This model {what}: precision={precision!r} is not for it, leave it out.")
+    found = precision or ("1bit" if plan.binary else "int8")
+    return Engine(plan, words, found, threads or torch.get_num_threads(), tier or os.environ.get(TIER))
 
 
 class Engine:
@@ -83,7 +89,7 @@ class Engine:
         self.tokenizer, self.threads = tokenizer, threads
         self.layers = [{"heads": layer.heads, "neurons": layer.neurons} for layer in plan.layers]
         self.encoder = _encoder(plan, precision, tier)
-        self.precision = precision if self.encoder.tier != "torch" else "fp32"
+        self.precision = precision if self.encoder.tier != "torch" or plan.binary else "fp32"
         self._plan: Plan | None = replace(plan, layers=())
         self._alpha = plan.dropping.edit.alpha if plan.dropping is not None else 0.0
 
@@ -247,7 +253,7 @@ def _head(head: Head, hidden: Tensor) -> Tensor:
     for number, each in enumerate(head.maps):
         if number:
             hidden = getattr(functional, head.activation)(hidden)
-        hidden = functional.linear(hidden, each.weight, each.bias)
+        hidden = mapped(hidden, each)
     return hidden
 
 

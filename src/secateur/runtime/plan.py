@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.bits.modules import BinaryLinear, is_binary
 from secateur.costs.tokens import TokenCosts
-from secateur.edits import Bypass, DropTokens, Slice, Sparsify
+from secateur.edits import Binarize, Bypass, DropTokens, Slice, Sparsify
 from secateur.edits.tokens import dial_of
 from secateur.errors import InvalidModel, UnsupportedModel
 from secateur.families import Site, sites
 from secateur.hub import edits_of
 from secateur.quirks import KEPT_HEADS
+from secateur.runtime.binary import BinaryAffine, ProductLevels, Table, binary_affine, is_split, levels_of, table_of
 from secateur.sparsity.linear import SparseLinear
 
 ACTIVATIONS = {
@@ -40,6 +42,9 @@ class Affine:
     bias: Tensor | None
 
 
+LinearMap = Affine | BinaryAffine
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """A layer whose norms follow the residual sums.
@@ -47,7 +52,7 @@ class LayerPlan:
     Attributes:
         heads: attention heads left.
         width: entries of a head.
-        qkv: queries, keys and values one below the other; None without heads.
+        qkv: queries, keys and values one below the other; None without heads, or with `parts`.
         out: the attention block's output map; None if the block is bypassed.
         neurons: left in the feed-forward block.
         up: into the neurons; None without neurons.
@@ -55,18 +60,27 @@ class LayerPlan:
         after_attention: norm; None if the block is bypassed.
         after_feed_forward: norm; None if the block is bypassed.
         relative: (heads, 2 R + 1), added to scores where a key is -R to R tokens behind its query; None without.
+        parts: maps of queries, keys and values of which some are binary or whose results are rounded; else empty.
+        levels: roundings of attention's operands; None if it multiplies floats.
     """
 
     heads: int
     width: int
     qkv: Affine | None
-    out: Affine | None
+    out: LinearMap | None
     neurons: int
-    up: Affine | None
-    down: Affine | None
+    up: LinearMap | None
+    down: LinearMap | None
     after_attention: Affine | None
     after_feed_forward: Affine | None
     relative: Tensor | None = None
+    parts: tuple[LinearMap, ...] = ()
+    levels: ProductLevels | None = None
+
+    @property
+    def maps(self) -> list[LinearMap]:
+        """All maps that are there."""
+        return [each for each in (self.qkv, *self.parts, self.out, self.up, self.down) if each is not None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Head:
         first: whether it reads each example's first token; else every token.
     """
 
-    maps: tuple[Affine, ...]
+    maps: tuple[LinearMap, ...]
     activation: str = ""
     first: bool = True
 
@@ -113,10 +127,11 @@ class Plan:
         layers: in order.
         head: what gives the logits.
         dropping: token elimination between attention and feed-forward blocks; None without.
+        binary: whether maps are, so that all others multiply floats.
     """
 
     hidden: int
-    words: Tensor
+    words: Table
     positions: Tensor
     types: Tensor | None
     offset: int
@@ -128,6 +143,7 @@ class Plan:
     layers: tuple[LayerPlan, ...] = field(repr=False)
     head: Head = field(repr=False)
     dropping: Dropping | None = None
+    binary: bool = False
 
     @property
     def longest(self) -> int:
@@ -144,7 +160,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
 
     Args:
         model: a classifier of sequences or tokens whose family is in `FAMILIES`, dense, sliced, bypassed, or sparse,
-            whose zeros are weights like any, or eliminating tokens.
+            whose zeros are weights like any, binary, or eliminating tokens.
 
     Raises:
         UnsupportedModel: another architecture, head, activation or edit, or maps that are no plain ones.
@@ -157,13 +173,14 @@ def plan_of(model: PreTrainedModel) -> Plan:
             f"The engine runs {', '.join(FAMILIES)}, not {name}: use the model itself, or export it."
         )
     edits = edits_of(model)
-    if other := [edit.type for edit in edits if not isinstance(edit, (Slice, Bypass, Sparsify, DropTokens))]:
+    if other := [edit.type for edit in edits if not isinstance(edit, _EDITS)]:
         raise UnsupportedModel(f"The engine does not run what the edit {other[0]} made: use the model itself.")
     for name_of, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise InvalidModel(f"{name_of} has values that are NaN or infinite: the weights are damaged.")
     config, body = model.config, cast(PreTrainedModel, model.base_model)
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation", None)
+    relu = any(isinstance(edit, Binarize) and edit.relu for edit in edits)
+    activation = "relu" if relu else getattr(config, "hidden_act", None) or getattr(config, "activation", None)
     if activation not in ACTIVATIONS:
         raise UnsupportedModel(f"The engine has the activations {', '.join(ACTIVATIONS)}, not {activation!r}.")
     if getattr(config, "is_decoder", False):
@@ -179,7 +196,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
     pairs = zip(found.heads, found.neurons, strict=True)
     return Plan(
         hidden=int(getattr(config, "hidden_size", None) or config.dim),
-        words=_kept(cast(Tensor, words.weight)),
+        words=table_of(words),
         positions=_kept(cast(Tensor, positions.weight)),
         types=_kept(types.weight) if types is not None else None,
         offset=cast(int, words.padding_idx) + 1 if name in _SHIFTED else 0,
@@ -191,9 +208,11 @@ def plan_of(model: PreTrainedModel) -> Plan:
         layers=tuple(_layer(heads, neurons, positional) for heads, neurons in pairs),
         head=_head(model),
         dropping=next((Dropping(edit, dial_of(model).costs) for edit in edits if isinstance(edit, DropTokens)), None),
+        binary=is_binary(model),
     )
 
 
+_EDITS = (Slice, Bypass, Sparsify, Binarize, DropTokens)
 _PLAIN = (nn.Linear, nn.LayerNorm, SparseLinear)
 _SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions count from behind the padding's
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "LayerNorm")
@@ -209,24 +228,29 @@ def _relative(body: PreTrainedModel, reach: int) -> Tensor:
 def _layer(heads: Site, neurons: Site, positional: Tensor | None) -> LayerPlan:
     maps = [module for module, cut in heads.cuts if cut.side == "out"]
     (up,) = [module for module, cut in neurons.cuts if cut.side == "out"]
-    qkv = [_affine(module) for module in maps]
-    biases = [part.bias for part in qkv]
+    split = is_split(maps, heads.module)
     kept = getattr(heads.module, KEPT_HEADS, list(range(heads.units)))
-    stacked = Affine(
-        torch.cat([part.weight for part in qkv]),
-        torch.cat(cast(list[Tensor], biases)) if None not in biases else None,
-    )
     return LayerPlan(
         heads=heads.units,
         width=heads.width,
-        qkv=stacked if heads.units else None,
-        out=_affine(heads.output) if isinstance(heads.norm, nn.LayerNorm) else None,
+        qkv=_stacked([_affine(module) for module in maps]) if heads.units and not split else None,
+        out=_map(heads.output) if isinstance(heads.norm, nn.LayerNorm) else None,
         neurons=neurons.units,
-        up=_affine(up) if neurons.units else None,
-        down=_affine(neurons.output) if isinstance(neurons.norm, nn.LayerNorm) else None,
+        up=_map(up) if neurons.units else None,
+        down=_map(neurons.output) if isinstance(neurons.norm, nn.LayerNorm) else None,
         after_attention=_affine(heads.norm) if isinstance(heads.norm, nn.LayerNorm) else None,
         after_feed_forward=_affine(neurons.norm) if isinstance(neurons.norm, nn.LayerNorm) else None,
         relative=positional[kept].contiguous() if positional is not None and heads.units else None,
+        parts=tuple(_map(module) for module in maps) if heads.units and split else (),
+        levels=levels_of(heads.module) if heads.units else None,
+    )
+
+
+def _stacked(parts: list[Affine]) -> Affine:
+    biases = [part.bias for part in parts]
+    return Affine(
+        torch.cat([part.weight for part in parts]),
+        torch.cat(cast(list[Tensor], biases)) if None not in biases else None,
     )
 
 
@@ -246,10 +270,14 @@ def _head(model: PreTrainedModel) -> Head:
     name = type(model).__name__
     if name in _HEADS:
         paths, activation = _HEADS[name]
-        return Head(tuple(_affine(model.get_submodule(path)) for path in paths), activation)
+        return Head(tuple(_map(model.get_submodule(path)) for path in paths), activation)
     if name.endswith("ForTokenClassification"):
-        return Head((_affine(model.get_submodule("classifier")),), first=False)
+        return Head((_map(model.get_submodule("classifier")),), first=False)
     raise UnsupportedModel(f"The engine runs classifiers of sequences and tokens, not {name}.")
+
+
+def _map(module: nn.Module) -> LinearMap:
+    return binary_affine(module) if isinstance(module, BinaryLinear) else _affine(module)
 
 
 def _affine(module: nn.Module | None) -> Affine:

@@ -24,7 +24,7 @@ SEC_INLINE void release() { asm volatile("tilerelease"); }
 SEC_INLINE void settle() { asm volatile("" ::: "memory"); }
 
 // Inputs that lie in one row of a tile.
-SEC_INLINE int step_of(Precision precision) { return precision == INT8 ? 64 : 32; }
+SEC_INLINE int step_of(Precision precision) { return precision == BF16 ? 32 : 64; }
 
 static void pack(Precision precision, const float* weight, Map& map) {
     if (precision != BF16) return generic_pack(precision, weight, map);
@@ -43,11 +43,13 @@ static void prepare_tiles(Precision precision, Rows from, int rows, const Map& m
     for (int m = 0; m < rows; m++) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
         char* to = (char*)input + ((size_t)(m / 16) * steps * 16 + m % 16) * 64;
-        if (precision == INT8) {
+        const auto byte_at = [&](int k) { return (int8_t*)to + (size_t)(k / 64) * TILE + k % 64; };
+        if (precision == BINARY) {
+            round_row(row, map.in, map.deep, map.levels, 0, byte_at);
+        } else if (precision == INT8) {
             const float high = largest(row, map.in);
             scale[m] = high / 127;
-            quantise(row, map.in, map.deep, high > 0 ? 127 / high : 0, 0,
-                     [&](int k) { return (int8_t*)to + (size_t)(k / 64) * TILE + k % 64; });
+            quantise(row, map.in, map.deep, high > 0 ? 127 / high : 0, 0, byte_at);
         } else {
             for (int k = 0; k < map.deep; k += LANES) {
                 uint16_t* at = (uint16_t*)(to + (size_t)(k / 32) * TILE) + k % 32;
@@ -71,13 +73,14 @@ SEC_INLINE void ask_for(const char* from, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// A block of 32 x 32 sums, written out row by row while the next one is computed.
+// A block of 32 x 32 sums, written out row by row while the next one is computed: binary maps give floats, others bfloat16.
 template <Precision P, Activation A>
 struct Finished {
     const int32_t* sums = nullptr;
-    uint16_t* to = nullptr;
+    char* to = nullptr;
     const float* scale = nullptr;
-    int rows = 0, done = 0, stride = 0;
+    int rows = 0, done = 0;
+    size_t stride = 0;  // bytes
     vf gain[2], bias[2];
 
     SEC_INLINE void write(Finished& it, int count) {
@@ -85,26 +88,34 @@ struct Finished {
         for (; it.done < end; it.done++) {
             const int32_t* from = it.sums + (it.done / 16) * 512 + (it.done % 16) * 16;
             const vf low = value(it, from, 0), high = value(it, from + 256, 1);
-            uint16_t* at = it.to + (size_t)it.done * it.stride;
+            char* at = it.to + it.done * it.stride;
+            if (P == BINARY) {
+                store((float*)at, low);
+                store((float*)at + LANES, high);
+                continue;
+            }
 #ifdef __AVX512BF16__
             _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 #else
-            store(at, low);
-            store(at + LANES, high);
+            store((uint16_t*)at, low);
+            store((uint16_t*)at + LANES, high);
 #endif
         }
     }
 
     SEC_INLINE vf value(const Finished& it, const int32_t* from, int half) {
-        const vi whole = *(const vi*)from;
-        const vf found = P == INT8 ? __builtin_convertvector(whole, vf) * (it.gain[half] * it.scale[it.done]) + it.bias[half]
-                                   : (vf)whole + it.bias[half];
+        const vi sums = *(const vi*)from;
+        const vf whole = __builtin_convertvector(sums, vf);
+        if (P == BINARY) return activated<A, false>(apart(whole * it.gain[half]) + it.bias[half]);
+        const vf found = P == INT8 ? whole * (it.gain[half] * it.scale[it.done]) + it.bias[half] : (vf)sums + it.bias[half];
         return activated<A, true>(found);
     }
 };
 
-template <Precision P, Activation A>
-static void tile_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
+template <Precision P, Activation A, bool SIGNED = true>
+static void tile_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
+                         int threads) {
+    const size_t entry = P == BINARY ? 4 : 2;
     const int steps = map.deep / step_of(P), each = (32 + steps - 1) / steps, blocks = (rows + 31) / 32;
     const size_t panel = (size_t)steps * TILE;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -114,10 +125,17 @@ static void tile_product(const void* input, const float* scale, int rows, const 
         int turn = 0;
 #pragma omp for schedule(dynamic, 1)
         for (int column = 0; column < map.wide; column += 32) {
-            const char* low = (const char*)map.weights + (size_t)(column / 16) * panel;
-            const char *high = low + panel, *next = column + 32 < map.wide ? high + panel : nullptr;
+            const char* low = (const char*)map.weights + (size_t)(column / 16) * panel / (P == BINARY ? 8 : 1);
+            const char* next = P != BINARY && column + 32 < map.wide ? low + 2 * panel : nullptr;
+            if (P == BINARY) {
+                char* here = (char*)panels + (size_t)omp_get_thread_num() * 2 * panel;
+                spread(low, 2 * panel, (int8_t*)here);
+                low = here;
+                settle();
+            }
+            const char* high = low + panel;
             Finished<P, A> last;
-            last.stride = to.stride;
+            last.stride = to.stride * entry;
             for (int half = 0; half < 2; half++) {
                 last.gain[half] = load(map.scale + column + half * LANES);
                 last.bias[half] = load(map.bias + column + half * LANES);
@@ -138,7 +156,14 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                     _tile_loadd(4, top + at, 64);
                     _tile_loadd(7, high + at, 64);
                     if (second) _tile_loadd(5, bottom + at, 64);
-                    if constexpr (P == INT8) {
+                    if constexpr (P != BF16 && !SIGNED) {
+                        _tile_dpbusd(0, 4, 6);
+                        _tile_dpbusd(1, 4, 7);
+                        if (second) {
+                            _tile_dpbusd(2, 5, 6);
+                            _tile_dpbusd(3, 5, 7);
+                        }
+                    } else if constexpr (P != BF16) {
                         _tile_dpbssd(0, 4, 6);
                         _tile_dpbssd(1, 4, 7);
                         if (second) {
@@ -169,7 +194,7 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 }
                 settle();
                 last.sums = here;
-                last.to = (uint16_t*)to.data + (size_t)row * to.stride + column;
+                last.to = (char*)to.data + ((size_t)row * to.stride + column) * entry;
                 last.scale = scale + row;
                 last.rows = least(32, rows - row);
                 last.done = 0;
@@ -181,13 +206,17 @@ static void tile_product(const void* input, const float* scale, int rows, const 
 }
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
-                    Activation activation, Rows to, int threads) {
+                    Activation activation, Rows to, void* panels, int threads) {
     with_activation(activation, [&](auto known) {
         constexpr Activation A = decltype(known)::value;
         if (precision == INT8)
-            tile_product<INT8, A>(input, scale, rows, map, to, threads);
+            tile_product<INT8, A>(input, scale, rows, map, to, panels, threads);
+        else if (precision == BINARY && map.levels.low < 0)
+            tile_product<BINARY, A, true>(input, scale, rows, map, to, panels, threads);
+        else if (precision == BINARY)
+            tile_product<BINARY, A, false>(input, scale, rows, map, to, panels, threads);
         else if (precision == BF16)
-            tile_product<BF16, A>(input, scale, rows, map, to, threads);
+            tile_product<BF16, A>(input, scale, rows, map, to, panels, threads);
         else
             float_product<A, float>(input, rows, map, to, threads);
     });
@@ -271,7 +300,10 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
         float inverse[16];
         for (int r = 0; r < count; r++) {
             const size_t at = (size_t)r * padded;
-            inverse[r] = run.softmax_short(scores + at, probabilities + at, tokens, padded, h, first, i + r);
+            float *row = scores + at;
+            uint16_t* found_row = probabilities + at;
+            inverse[r] = what.levels != nullptr ? run.softmax_levels(row, found_row, tokens, padded, h, first, i + r)
+                                                : run.softmax_short(row, found_row, tokens, padded, h, first, i + r);
             if (paid != nullptr) run.count_in(probabilities + at, inverse[r], tokens, i + r, paid);
         }
         settle();
@@ -287,8 +319,8 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
         settle();
         for (int r = 0; r < count; r++)
             for (int c = 0; c < width; c += LANES)
-                store((uint16_t*)to.data + (size_t)(first + i + r) * to.stride + h * width + c,
-                      load(found + (size_t)r * width + c) * inverse[r]);
+                run.write((size_t)(first + i + r) * to.stride + h * width + c, load(found + (size_t)r * width + c) * inverse[r],
+                          LANES);
     }
     if (paid != nullptr) run.end_scores(paid, values, tokens, h, first);
 }
@@ -309,7 +341,7 @@ static void attention(Rows qkv, const Attention& what, Rows to, int threads) {
 
 }  // namespace
 
-const Kernels amx_kernels = {"amx",   attention_scratch, generic_packed_bytes, pack,
-                             prepare, product,           attention,            generic_add_norm};
+const Kernels amx_kernels = {"amx",   true,    attention_scratch, generic_packed_bytes, pack, generic_pack_signs,
+                             prepare, product, generic_round,     attention,            generic_add_norm};
 
 }  // namespace secateur

@@ -1,4 +1,5 @@
-// The AVX2 tier: bytes are multiplied as |a| and sign(w, a), whose pairs never overflow 16 bits since both stay within 127.
+// The AVX2 tier: bytes are multiplied as |a| and sign(w, a), whose pairs never overflow 16 bits since both stay within 127;
+// levels without a sign as they are, by signs.
 #define SEC_LANES 8
 #define SEC_ROWS 4
 #include "generic.h"
@@ -7,10 +8,9 @@ namespace secateur {
 namespace {
 
 // R rows times 16 outputs.
-template <int R, Activation A>
-SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int column, const Map& map,
-                           Rows to) {
-    const int8_t* panel = (const int8_t*)map.weights + (size_t)column * map.deep;
+template <int R, Activation A, bool SIGNED>
+SEC_INLINE void byte_panel(const int8_t* input, const float* scale, int row, int column, const int8_t* panel,
+                           const Map& map, Rows to) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[R][2];
     SEC_UNROLL for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
@@ -20,9 +20,9 @@ SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int
         SEC_UNROLL for (int r = 0; r < R; r++) {
             int32_t four;
             memcpy(&four, input + (size_t)(row + r) * map.deep + k, 4);
-            const __m256i x = _mm256_set1_epi32(four), size = _mm256_abs_epi8(x);
-            const __m256i a = _mm256_maddubs_epi16(size, _mm256_sign_epi8(low, x));
-            const __m256i b = _mm256_maddubs_epi16(size, _mm256_sign_epi8(high, x));
+            const __m256i x = _mm256_set1_epi32(four), size = SIGNED ? _mm256_abs_epi8(x) : x;
+            const __m256i a = _mm256_maddubs_epi16(size, SIGNED ? _mm256_sign_epi8(low, x) : low);
+            const __m256i b = _mm256_maddubs_epi16(size, SIGNED ? _mm256_sign_epi8(high, x) : high);
             sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(a, ones));
             sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(b, ones));
         }
@@ -30,23 +30,25 @@ SEC_INLINE void int8_panel(const int8_t* input, const float* scale, int row, int
     SEC_UNROLL for (int r = 0; r < R; r++) {
         int32_t held[16];
         memcpy(held, sums[r], sizeof held);
-        finish_whole<A>(held, scale[row + r], row + r, column, map, to);
+        finish_whole<A>(held, scale, row + r, column, map, to);
     }
 }
 
-template <Activation A>
-static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
-#pragma omp parallel for schedule(dynamic, 2) num_threads(threads) if (threads > 1)
-    for (int column = 0; column < map.wide; column += 16) {
+template <Activation A, bool SIGNED>
+static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
+                         int threads) {
+    const int8_t* from = (const int8_t*)input;
+    over_panels(map, 16, panels, threads, [&](int column, const int8_t* panel) {
         int row = 0;
-        for (; row + 4 <= rows; row += 4) int8_panel<4, A>((const int8_t*)input, scale, row, column, map, to);
-        for (; row < rows; row++) int8_panel<1, A>((const int8_t*)input, scale, row, column, map, to);
-    }
+        for (; row + 4 <= rows; row += 4) byte_panel<4, A, SIGNED>(from, scale, row, column, panel, map, to);
+        for (; row < rows; row++) byte_panel<1, A, SIGNED>(from, scale, row, column, panel, map, to);
+    });
 }
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2",          generic_attention_scratch, generic_packed_bytes, generic_pack,
-                              generic_prepare, product,                   generic_attention,    generic_add_norm};
+const Kernels avx2_kernels = {
+    "avx2", false,           generic_attention_scratch, generic_packed_bytes, generic_pack,    generic_pack_signs,
+    generic_prepare, product, generic_round, generic_attention,    generic_add_norm};
 
 }  // namespace secateur

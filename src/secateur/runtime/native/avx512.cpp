@@ -13,17 +13,14 @@ static void prepare(Precision precision, Rows from, int rows, const Map& map, vo
 }
 
 // R rows times 32 outputs.
-template <int R, Activation A>
-SEC_INLINE void int8_panel(const uint8_t* input, const float* scale, int row, int column, const Map& map,
+template <int R, Activation A, bool SIGNED>
+SEC_INLINE void byte_panel(const uint8_t* input, const float* scale, int row, int column, const int8_t* low, const Map& map,
                            Rows to) {
-    const int8_t* low = (const int8_t*)map.weights + (size_t)column * map.deep;
     const int8_t* high = low + (size_t)LANES * map.deep;
     __m512i sums[R][2];
-    SEC_UNROLL for (int r = 0; r < R; r++) {
-        sums[r][0] = _mm512_slli_epi32(_mm512_loadu_si512(map.sums + column), 7);
-        sums[r][1] = _mm512_slli_epi32(_mm512_loadu_si512(map.sums + column + LANES), 7);
-        sums[r][0] = _mm512_sub_epi32(_mm512_setzero_si512(), sums[r][0]);
-        sums[r][1] = _mm512_sub_epi32(_mm512_setzero_si512(), sums[r][1]);
+    SEC_UNROLL for (int r = 0; r < R; r++) SEC_UNROLL for (int half = 0; half < 2; half++) {
+        const __m512i whole = _mm512_loadu_si512(map.sums + column + half * LANES);
+        sums[r][half] = SIGNED ? _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(whole, 7)) : _mm512_setzero_si512();
     }
     const uint8_t* from = input + (size_t)row * map.deep;
     for (int k = 0; k < map.deep; k += 4) {
@@ -37,27 +34,27 @@ SEC_INLINE void int8_panel(const uint8_t* input, const float* scale, int row, in
             asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][1]) : "v"(x), "v"(b));
         }
     }
-    SEC_UNROLL for (int r = 0; r < R; r++)
-        SEC_UNROLL for (int half = 0; half < 2; half++) {
-            const int at = column + half * LANES;
-            vf value = (vf)_mm512_cvtepi32_ps(sums[r][half]) * (load(map.scale + at) * scale[row + r]);
-            finish<A>(to, row + r, at, value + load(map.bias + at));
-        }
+    SEC_UNROLL for (int r = 0; r < R; r++) SEC_UNROLL for (int half = 0; half < 2; half++) {
+        const int at = column + half * LANES;
+        finish<A>(to, row + r, at, scaled((vi)sums[r][half], scale, row + r, at, map));
+    }
 }
 
-template <Activation A>
-static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int column = 0; column < map.wide; column += PANEL) {
+template <Activation A, bool SIGNED>
+static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
+                         int threads) {
+    const uint8_t* from = (const uint8_t*)input;
+    over_panels(map, PANEL, panels, threads, [&](int column, const int8_t* panel) {
         int row = 0;
-        for (; row + 8 <= rows; row += 8) int8_panel<8, A>((const uint8_t*)input, scale, row, column, map, to);
-        for (; row < rows; row++) int8_panel<1, A>((const uint8_t*)input, scale, row, column, map, to);
-    }
+        for (; row + 8 <= rows; row += 8) byte_panel<8, A, SIGNED>(from, scale, row, column, panel, map, to);
+        for (; row < rows; row++) byte_panel<1, A, SIGNED>(from, scale, row, column, panel, map, to);
+    });
 }
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", generic_attention_scratch, generic_packed_bytes, generic_pack,
-                                prepare,  product,                   generic_attention,    generic_add_norm};
+const Kernels avx512_kernels = {
+    "avx512", false,           generic_attention_scratch, generic_packed_bytes, generic_pack,    generic_pack_signs,
+    prepare, product, generic_round, generic_attention,    generic_add_norm};
 
 }  // namespace secateur

@@ -107,7 +107,8 @@ struct Norm {
 
 struct Layer {
     sec_layer given;
-    Map qkv, out, up, down;
+    Map qkv, out, up, down, parts[3];
+    AttentionLevels levels;
     Norm after_attention, after_feed_forward;
     std::vector<float> relative;
 };
@@ -116,7 +117,7 @@ struct Layer {
 struct Workspace {
     size_t tokens = 0, longest = 0;
     int threads = 0;
-    Memory input, scale, wide, context, narrow, scratch, scores, last;
+    Memory input, scale, wide, context, narrow, scratch, scores, last, panels, rounded;
 };
 
 }  // namespace
@@ -141,6 +142,7 @@ struct sec_encoder {
     char* free_from = nullptr;
     size_t left = 0;
     int64_t bytes = 0;
+    bool spread = false;  // some map is binary
     int widest = 0, deepest = 0, widest_context = 0, widest_head = 0, most_heads = 0;
     std::mutex lock;
     std::vector<std::unique_ptr<Workspace>> spare;
@@ -151,23 +153,51 @@ struct sec_encoder {
 
     Map packed(const sec_map& given) {
         Map map;
+        map.precision = given.signs != nullptr ? BINARY : precision();
         map.out = given.out;
         map.in = given.in;
         map.wide = up_to(given.out, WIDE);
-        map.deep = precision() == FP32 ? up_to(given.in, 16) : up_to(given.in, DEPTH);
-        map.bytes = kernels->packed_bytes(precision(), map.wide, map.deep);
-        map.bias = (float*)hold((size_t)map.wide * sizeof(float));
-        memset(map.bias, 0, (size_t)map.wide * sizeof(float));
-        if (given.bias != nullptr) memcpy(map.bias, given.bias, (size_t)given.out * sizeof(float));
-        map.scale = (float*)hold((size_t)map.wide * sizeof(float));
-        map.sums = (int32_t*)hold((size_t)map.wide * sizeof(int32_t));
+        map.deep = map.precision == FP32 ? up_to(given.in, 16) : up_to(given.in, DEPTH);
+        map.bytes = kernels->packed_bytes(map.precision, map.wide, map.deep);
+        map.bias = floats(given.bias, given.out, map.wide);
+        if (map.precision == INT8 || map.precision == BINARY) {
+            map.scale = floats(given.scale, given.out, map.wide);
+            map.sums = (int32_t*)hold((size_t)map.wide * sizeof(int32_t));
+        } else {
+            map.scale = map.bias;  // is read, and not used
+        }
+        if (map.precision == BINARY) {
+            map.levels = levels_of(given.levels, given.in);
+            spread = true;
+        }
         if (map.deep > 0) {
             map.weights = hold(map.bytes);
-            kernels->pack(precision(), given.weight, map);
+            if (map.precision == BINARY)
+                kernels->pack_signs(given.signs, map);
+            else
+                kernels->pack(map.precision, given.weight, map);
         }
         widest = most(widest, map.wide);
         deepest = most(deepest, map.deep);
         return map;
+    }
+
+    // A copy, padded with zeros; zeros of null.
+    float* floats(const float* from, int count, int padded) {
+        float* to = (float*)hold((size_t)padded * sizeof(float));
+        memset(to, 0, (size_t)padded * sizeof(float));
+        if (from != nullptr) memcpy(to, from, (size_t)count * sizeof(float));
+        return to;
+    }
+
+    Levels levels_of(const sec_levels& given, int columns) {
+        Levels found;
+        found.alpha = given.alpha;
+        found.shift = given.shift != nullptr ? floats(given.shift, columns, up_to(columns, DEPTH)) : nullptr;
+        found.low = given.low;
+        found.high = given.high;
+        found.sign = given.sign;
+        return found;
     }
 
     // Memory for the encoder's life, from blocks of large pages.
@@ -192,9 +222,12 @@ struct sec_encoder {
     }
 
     void add(const sec_layer& given) {
-        Layer layer{given, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {}};
+        Layer layer{given, {}, {}, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {}};
         if (!given.skip_attention) {
-            if (given.heads > 0) layer.qkv = packed(given.qkv);
+            if (given.heads > 0 && !given.split) layer.qkv = packed(given.qkv);
+            for (int i = 0; i < 3 && given.heads > 0 && given.split; i++) layer.parts[i] = packed(given.parts[i]);
+            if (given.heads > 0 && given.split) widest = most(widest, 3 * layer.parts[0].wide);
+            layer.levels = {levels_of(given.probabilities, 0), given.scores, given.context};
             layer.out = packed(given.out);
         }
         if (!given.skip_feed_forward) {
@@ -224,6 +257,8 @@ struct sec_encoder {
         fresh.longest = longest;
         fresh.threads = threads;
         fresh.input = allocate(rows * deepest * (config.precision == INT8 ? 1 : entry()));
+        if (spread) fresh.panels = allocate((size_t)threads * 32 * deepest);
+        if (spread && kernels->halves) fresh.rounded = allocate(rows * widest * 2);
         fresh.scale = allocate(rows * sizeof(float));
         fresh.wide = allocate(rows * widest * entry());
         fresh.context = allocate(rows * widest_context * entry());
@@ -233,6 +268,33 @@ struct sec_encoder {
         fresh.last = allocate(rows * config.hidden * sizeof(float));
         *found = std::move(fresh);
         return found;
+    }
+
+    // Queries, keys and values side by side, rounded if attention is on levels.
+    template <class Through>
+    Rows operands(const Layer& layer, Rows stream, int rows, Workspace& work, int threads, Through through) const {
+        const sec_layer& given = layer.given;
+        if (!given.split) {
+            const Rows qkv{work.wide.get(), layer.qkv.wide, half()};
+            through(layer.qkv, stream, NONE, qkv);
+            return qkv;
+        }
+        const int each = given.heads * given.head_width, stride = 3 * layer.parts[0].wide;
+        const Rows floats{work.wide.get(), stride, half()};
+        const bool halves = given.rounded && kernels->halves;
+        const Rows rounded{halves ? work.rounded.get() : floats.data, stride, halves};
+        for (int i = 0; i < 3; i++) {  // in turn: padded columns of one are written over by the next
+            const Rows to{(char*)floats.data + (size_t)i * each * entry(), stride, half()};
+            through(layer.parts[i], stream, NONE, to);
+        }
+        for (int i = 0; i < 3 && given.rounded; i++) {
+            const Levels how{given.operands[i].alpha, nullptr, given.operands[i].low, given.operands[i].high,
+                             given.operands[i].sign != 0};
+            const Rows from{(float*)floats.data + i * each, stride, false};
+            const Rows to{(char*)rounded.data + (size_t)i * each * (halves ? 2 : 4), stride, halves};
+            kernels->round(from, rows, each, how, to, threads);
+        }
+        return rounded;
     }
 
     void run(float* x, const int32_t* starts, int examples, int threads, const sec_dropping* dropping,
@@ -248,8 +310,8 @@ struct sec_encoder {
         const Rows stream{x, hidden, false};
         const Rows narrow{work.narrow.get(), up_to(hidden, WIDE), half()};
         auto through = [&](const Map& map, Rows from, Activation activation, Rows to) {
-            kernels->prepare(precision(), from, rows, map, input, scale, threads);
-            kernels->product(precision(), input, scale, rows, map, activation, to, threads);
+            kernels->prepare(map.precision, from, rows, map, input, scale, threads);
+            kernels->product(map.precision, input, scale, rows, map, activation, to, work.panels.get(), threads);
         };
         auto settle = [&](const Norm& norm, const Rows* y, const float* bias) {
             kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, threads);
@@ -270,15 +332,15 @@ struct sec_encoder {
                 rows = tokens.count();
             };
             if (attends) {
-                const Rows qkv{work.wide.get(), layer.qkv.wide, half()};
+                const Rows qkv = operands(layer, stream, rows, work, threads, through);
                 const size_t each = kernels->attention_scratch(given.head_width, (int)work.longest);
-                const Attention what{given.heads, given.head_width, examples, config.reach, given.scaling,
+                const Attention what{given.heads, given.head_width, examples, config.reach,
+                                     given.rounded ? 1.0f : given.scaling,
                                      layer.relative.empty() ? nullptr : layer.relative.data(), tokens.starts.data(),
                                      (float*)work.scratch.get(), each,
                                      dropping != nullptr ? tokens.places.data() : nullptr, scores, given_rows,
                                      scores != nullptr ? dropping->queries : 0, scores != nullptr && dropping->by_value,
-                                     scores != nullptr && dropping->diagonal};
-                through(layer.qkv, stream, NONE, qkv);
+                                     scores != nullptr && dropping->diagonal, given.rounded ? &layer.levels : nullptr};
                 kernels->attention(qkv, what, context, threads);
             }
             if (dropping != nullptr && !every) drop();
@@ -308,16 +370,39 @@ struct sec_encoder {
     }
 };
 
-static bool is(const sec_map& map, int out, int in) { return map.out == out && map.in == in; }
+static bool is(const sec_map& map, int out, int in) {
+    return map.out == out && map.in == in && (map.signs == nullptr || map.scale != nullptr);
+}
+
+static bool attends(const sec_config& config, const sec_layer& layer, int all) {
+    if (!layer.split) return is(layer.qkv, 3 * all, config.hidden);
+    bool found = config.precision == FP32;  // what is rounded comes as floats
+    for (const sec_map& part : layer.parts) found = found && is(part, all, config.hidden);
+    return found;
+}
 
 static bool fits(const sec_config& config, const sec_layer& layer) {
     const int all = layer.heads * layer.head_width;
     const bool attention = layer.skip_attention || (is(layer.out, config.hidden, all) &&
-                                                    (layer.heads == 0 || is(layer.qkv, 3 * all, config.hidden)));
+                                                    (layer.heads == 0 || attends(config, layer, all)));
     const bool inner = layer.skip_feed_forward ||
                        (is(layer.down, config.hidden, layer.neurons) &&
                         (layer.neurons == 0 || is(layer.up, layer.neurons, config.hidden)));
     return attention && inner;
+}
+
+// A word's row.
+static void look_up(const sec_tables& tables, int64_t id, float* row) {
+    const int width = tables.width;
+    if (tables.word_bits == 32) {
+        memcpy(row, (const float*)tables.words + (size_t)id * width, (size_t)width * sizeof(float));
+    } else if (tables.word_bits == 8) {
+        const int8_t* whole = (const int8_t*)tables.words + (size_t)id * width;
+        for (int k = 0; k < width; k++) row[k] = (float)whole[k] * tables.word_scale[id];
+    } else {
+        const uint64_t* signs = (const uint64_t*)tables.words + (size_t)id * (up_to(width, 64) / 64);
+        for (int k = 0; k < width; k++) row[k] = signs[k / 64] >> (k % 64) & 1 ? tables.word_scale[id] : -tables.word_scale[id];
+    }
 }
 
 // Tokens that may enter together, so that about CHUNK of them are there in the middle layers.
@@ -371,9 +456,9 @@ int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const in
         for (int32_t t = starts[i]; t < starts[i + 1]; t++) {
             if (ids[t] < 0 || ids[t] >= tables->vocabulary) return 1;
             float* row = x + (size_t)t * width;
-            const float* word = tables->words + (size_t)ids[t] * width;
+            look_up(*tables, ids[t], row);
             const float* place = tables->positions + (size_t)(t - starts[i] + tables->offset) * width;
-            for (int k = 0; k < width; k++) row[k] = word[k] + place[k];
+            for (int k = 0; k < width; k++) row[k] += place[k];
             if (tables->types == nullptr) continue;
             const int64_t kind = types == nullptr ? 0 : types[t];
             if (kind < 0 || kind >= tables->kinds) return 3;

@@ -46,6 +46,17 @@ SEC_INLINE void store(uint16_t* p, vf x) {  // to the nearest, ties to even
     bits += 0x7fff + ((bits >> 16) & 1);
     *(vh*)p = __builtin_convertvector(bits >> 16, vh);
 }
+// Keeps a product from being fused with the sum that follows, where results shall be those of separate steps.
+SEC_INLINE vf apart(vf x) {
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
 SEC_INLINE float one(const float* p) { return *p; }
 SEC_INLINE float one(const uint16_t* p) {
     uint32_t bits = (uint32_t)*p << 16;
@@ -196,6 +207,7 @@ SEC_INLINE void with_activation(Activation activation, Then then) {
 // --- packing -------------------------------------------------------------------------------------------------------
 
 static size_t generic_packed_bytes(Precision precision, int wide, int deep) {
+    if (precision == BINARY) return (size_t)wide * deep / 8;
     return (size_t)wide * deep * (precision == FP32 ? 4 : precision == BF16 ? 2 : 1);
 }
 
@@ -203,9 +215,51 @@ static float weight_at(const float* weight, const Map& map, int out, int in) {
     return out < map.out && in < map.in ? weight[(size_t)out * map.in + in] : 0.0f;
 }
 
-// int8: a scale for each output; `at` says where a weight goes.
-template <class Place>
-static void pack_int8(const float* weight, Map& map, Place at) {
+// Where a weight of one byte goes. Panels of 16 outputs, four inputs side by side, are what VNNI and AMX read; loops read
+// an output's weights one behind the other.
+SEC_INLINE size_t byte_place(const Map& map, int n, int k) {
+#ifdef SEC_ROW_AFTER_ROW
+    return (size_t)n * map.deep + k;
+#else
+    return (((size_t)(n / 16) * (map.deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4;
+#endif
+}
+
+// Signs in the order of bytes, a bit each; what is beyond a map is -1.
+static void generic_pack_signs(const uint64_t* words, Map& map) {
+    uint8_t* to = (uint8_t*)map.weights;
+    memset(to, 0, map.bytes);
+    const int each = up_to(map.in, 64) / 64;
+    for (int n = 0; n < map.wide; n++) {
+        map.sums[n] = -map.deep;
+        for (int k = 0; k < map.in && n < map.out; k++) {
+            if (!(words[(size_t)n * each + k / 64] >> (k % 64) & 1)) continue;
+            const size_t at = byte_place(map, n, k);
+            to[at / 8] |= (uint8_t)(1 << at % 8);
+            map.sums[n] += 2;
+        }
+    }
+}
+
+// Signs as bytes -1 and 1; `count` is a multiple of 64.
+SEC_INLINE void spread(const void* signs, size_t count, int8_t* to) {
+#ifdef __AVX512BW__
+    const __m512i minus = _mm512_set1_epi8(-1), plus = _mm512_set1_epi8(1);
+    for (size_t i = 0; i < count / 64; i++)
+        _mm512_storeu_si512(to + 64 * i, _mm512_mask_blend_epi8(((const __mmask64*)signs)[i], minus, plus));
+#else
+    for (size_t i = 0; i < count / 8; i++) {
+        // every byte gets all eight bits, keeps its own, and is 1 where that is set: then 2 x - 1
+        const uint64_t all = (uint64_t)((const uint8_t*)signs)[i] * 0x0101010101010101u & 0x8040201008040201u;
+        const uint64_t ones = ((((all & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | all) >> 7) & 0x0101010101010101u;
+        const uint64_t bytes = ones | (0x0101010101010101u - ones) * 0xff;
+        memcpy(to + 8 * i, &bytes, 8);
+    }
+#endif
+}
+
+// int8: a scale for each output.
+static void pack_int8(const float* weight, Map& map) {
     int8_t* to = (int8_t*)map.weights;
     for (int n = 0; n < map.wide; n++) {
         float high = 0;
@@ -219,17 +273,14 @@ static void pack_int8(const float* weight, Map& map, Place at) {
         for (int k = 0; k < map.deep; k++) {
             int8_t level = (int8_t)lrintf(weight_at(weight, map, n, k) * factor);
             map.sums[n] += level;
-            to[at(n, k)] = level;
+            to[byte_place(map, n, k)] = level;
         }
     }
 }
 
 // fp32 and bf16: panels of outputs, input after input.
 [[maybe_unused]] static void generic_pack(Precision precision, const float* weight, Map& map) {
-    if (precision == INT8)  // panels of 16 outputs, four inputs side by side: what VNNI and AMX read
-        return pack_int8(weight, map, [&](int n, int k) {
-            return (((size_t)(n / 16) * (map.deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4;
-        });
+    if (precision == INT8) return pack_int8(weight, map);
     for (int n = 0; n < map.wide; n++)
         for (int k = 0; k < map.deep; k++) {
             size_t at = ((size_t)(n / PANEL) * map.deep + k) * PANEL + n % PANEL;
@@ -270,13 +321,65 @@ SEC_INLINE void quantise(const From* from, int count, int deep, float factor, in
     }
 }
 
+SEC_INLINE vi level_of(vf x, vf shift, const Levels& how) {
+    x -= shift;
+    if (how.sign) return (x >= 0) ? vi{} + 1 : vi{} - 1;
+    const vf u = smaller(larger(x / how.alpha, splat((float)how.low)), splat((float)how.high));
+    const vf t = u + 0.5f;
+    vi found = __builtin_convertvector(t, vi);
+    found += __builtin_convertvector(found, vf) > t;  // towards 0 is above, of negative ones
+    return found > how.high ? vi{} + how.high : found;
+}
+
+// Levels of a row, 0 behind its end, each raised by `offset`; `at` says where those from k on go.
+template <class From, class Place>
+SEC_INLINE void round_row(const From* from, int count, int deep, const Levels& how, int offset, Place at) {
+    for (int k = 0; k < deep; k += LANES) {
+        float held[LANES] = {}, moved[LANES] = {};
+        vi found;
+        if (k + LANES <= count) {
+            found = level_of(load(from + k), how.shift != nullptr ? load(how.shift + k) : vf{}, how);
+        } else {
+            for (int i = k; i < count; i++) held[i - k] = one(from + i);
+            for (int i = k; i < count && how.shift != nullptr; i++) moved[i - k] = how.shift[i];
+            found = level_of(load(held), load(moved), how);
+            for (int i = 0; i < LANES; i++)
+                if (k + i >= count) found[i] = 0;
+        }
+        *(vb*)at(k) = __builtin_convertvector(found + offset, vb);
+    }
+}
+
+// Levels as floats, or as bfloat16, which has those up to 256.
+[[maybe_unused]] static void generic_round(Rows from, int rows, int columns, const Levels& levels, Rows to, int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        const float* row = (const float*)from.data + (size_t)m * from.stride;
+        for (int k = 0; k < columns; k += LANES) {
+            float held[LANES] = {};
+            const int count = least(LANES, columns - k);
+            memcpy(held, row + k, (size_t)count * sizeof(float));
+            const vf found = __builtin_convertvector(level_of(load(held), vf{}, levels), vf);
+            for (int i = 0; i < count; i++) {
+                if (to.half)
+                    put((uint16_t*)to.data + (size_t)m * to.stride + k + i, found[i]);
+                else
+                    put((float*)to.data + (size_t)m * to.stride + k + i, found[i]);
+            }
+        }
+    }
+}
+
 template <class From>
 static void prepare_rows(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
                          int offset, int threads) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
     for (int m = 0; m < rows; m++) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
-        if (precision == INT8) {
+        if (precision == BINARY) {
+            int8_t* to = (int8_t*)input + (size_t)m * map.deep;
+            round_row(row, map.in, map.deep, map.levels, map.levels.low < 0 ? offset : 0, [&](int k) { return to + k; });
+        } else if (precision == INT8) {
             float high = largest(row, map.in);
             scale[m] = high / 127;
             int8_t* to = (int8_t*)input + (size_t)m * map.deep;
@@ -344,27 +447,50 @@ template <Activation A, class Value>
     }
 }
 
-// 16 sums of int8 products of a row, with scales and bias.
+// Sums of whole products, with scales and bias; `scale` is that of the row, of int8 maps.
+SEC_INLINE vf scaled(vi sums, const float* scale, int row, int at, const Map& map) {
+    const vf whole = __builtin_convertvector(sums, vf);
+    if (map.precision == BINARY) return apart(whole * load(map.scale + at)) + load(map.bias + at);
+    return whole * (load(map.scale + at) * scale[row]) + load(map.bias + at);
+}
+
 template <Activation A>
-SEC_INLINE void finish_whole(const int32_t* sums, float scale, int row, int column, const Map& map, Rows to) {
-    for (int n = 0; n < 16; n += LANES) {
-        const int at = column + n;
-        vf value = __builtin_convertvector(*(const vi*)(sums + n), vf) * (load(map.scale + at) * scale);
-        finish<A>(to, row, at, value + load(map.bias + at));
+[[maybe_unused]] SEC_INLINE void finish_whole(const int32_t* sums, const float* scale, int row, int column, const Map& map,
+                                              Rows to) {
+    for (int n = 0; n < 16; n += LANES)
+        finish<A>(to, row, column + n, scaled(*(const vi*)(sums + n), scale, row, column + n, map));
+}
+
+// Calls `then` with the bytes of each `step` outputs' weights: those that are packed, or signs, spread out in `panels`.
+template <class Then>
+SEC_INLINE void over_panels(const Map& map, int step, void* panels, int threads, Then then) {
+    const size_t panel = (size_t)step * map.deep;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int column = 0; column < map.wide; column += step) {
+        const size_t from = (size_t)column * map.deep;
+        const int8_t* weights = (const int8_t*)map.weights + from;
+        if (map.precision == BINARY) {
+            int8_t* here = (int8_t*)panels + (size_t)omp_get_thread_num() * 32 * map.deep;
+            spread((const char*)map.weights + from / 8, panel, here);
+            weights = here;
+        }
+        then(column, weights);
     }
 }
 
-// Products of int8 inputs, which a tier defines; one that has other products of its own says SEC_OWN_PRODUCT.
+// Products of inputs of one byte, with a sign or without, which a tier defines; one that has other products of its own says SEC_OWN_PRODUCT.
 #ifndef SEC_OWN_PRODUCT
-template <Activation A>
-static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads);
+template <Activation A, bool SIGNED>
+static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels, int threads);
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
-                    Activation activation, Rows to, int threads) {
+                    Activation activation, Rows to, void* panels, int threads) {
     with_activation(activation, [&](auto known) {
         constexpr Activation A = decltype(known)::value;
-        if (precision == INT8)
-            int8_product<A>(input, scale, rows, map, to, threads);
+        if (precision == INT8 || (precision == BINARY && map.levels.low < 0))
+            byte_product<A, true>(input, scale, rows, map, to, panels, threads);
+        else if (precision == BINARY)
+            byte_product<A, false>(input, scale, rows, map, to, panels, threads);
         else if (precision == BF16)
             float_product<A, uint16_t>(input, rows, map, to, threads);
         else
@@ -414,7 +540,9 @@ struct AttentionRun {
             }
             float inverse[4] = {};
             for (int r = 0; r < count; r++) {
-                inverse[r] = softmax(rows + (size_t)r * padded, tokens, padded, h, first, i + r);
+                float* row = rows + (size_t)r * padded;
+                inverse[r] = what.levels != nullptr ? softmax_levels(row, row, tokens, padded, h, first, i + r)
+                                                    : softmax(row, tokens, padded, h, first, i + r);
                 if (paid != nullptr) count_in(rows + (size_t)r * padded, inverse[r], tokens, i + r, paid);
             }
             for (int c = 0; c < width; c += 2 * LANES) {
@@ -430,9 +558,9 @@ struct AttentionRun {
                 }
                 SEC_UNROLL for (int r = 0; r < 4; r++) {
                     if (r >= count) break;
-                    Value* out = (Value*)to.data + (size_t)(first + i + r) * to.stride + h * width + c;
-                    write(out, sums[r][0] * inverse[r], width - c);
-                    if (next > 0) write(out + LANES, sums[r][1] * inverse[r], width - c - LANES);
+                    const size_t at = (size_t)(first + i + r) * to.stride + h * width + c;
+                    write(at, sums[r][0] * inverse[r], width - c);
+                    if (next > 0) write(at + LANES, sums[r][1] * inverse[r], width - c - LANES);
                 }
             }
         }
@@ -475,7 +603,12 @@ struct AttentionRun {
         return found;
     }
 
-    SEC_INLINE void write(Value* out, vf found, int left) {
+    void write(size_t at, vf found, int left) const {
+        to.half ? write_into((uint16_t*)to.data + at, found, left) : write_into((float*)to.data + at, found, left);
+    }
+
+    template <class Out>
+    static inline void write_into(Out* out, vf found, int left) {
         if (left >= LANES) return store(out, found);
         for (int d = 0; d < left; d++) put(out + d, found[d]);
     }
@@ -515,6 +648,47 @@ struct AttentionRun {
             sum += found;
         }
         return 1.0f / total(sum);
+    }
+
+    // Levels of the probabilities, from whole scores; what the whole context is to be multiplied by. Where single
+    // precision cannot tell which level is reached, the row is computed again in double.
+    template <class Level>
+    float softmax_levels(float* row, Level* into, int tokens, int padded, int h, int first, int query) const {
+        const Levels& how = what.levels->probabilities;
+        for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * what.levels->scores);
+        place(row, tokens, padded, h, first, query);
+        vf high = splat(-INFINITY);
+        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
+        const float top = highest(high);
+        vf sum = {};
+        for (int j = 0; j < padded; j += LANES) sum += exponential(load(row + j) - top);
+        const float factor = 1.0f / (total(sum) * how.alpha);
+        vf closest = splat(1.0f);
+        for (int j = 0; j < padded; j += LANES) {
+            const vf u = exponential(load(row + j) - top) * factor;
+            const vf t = smaller(u, splat((float)how.high)) + 0.5f;
+            const vf from_whole = absolute(t - nearest(t));
+            closest = smaller(closest, u > how.high + 1.0f ? splat(1.0f) : from_whole - u * 2e-5f);
+        }
+        if (-highest(-closest) > 1e-6f) {
+            for (int j = 0; j < padded; j += LANES) {
+                const vf u = exponential(load(row + j) - top) * factor;
+                const vf t = smaller(u, splat((float)how.high)) + 0.5f;
+                vi level = __builtin_convertvector(t, vi);
+                level = level > how.high ? vi{} + how.high : level;
+                store(into + j, __builtin_convertvector(level, vf));
+            }
+            return what.levels->context;
+        }
+        double all = 0;
+        for (int j = 0; j < tokens; j++) all += exp((double)row[j] - (double)top);
+        for (int j = 0; j < tokens; j++) {
+            const double u = exp((double)row[j] - (double)top) / all / (double)how.alpha;
+            const double level = floor((u < how.high ? u : how.high) + 0.5);
+            put(into + j, (float)(level < how.high ? level : how.high));
+        }
+        for (int j = tokens; j < padded; j++) put(into + j, 0.0f);
+        return what.levels->context;
     }
 
     // Adds the relative positions' bias, and takes what is behind the last token out.

@@ -6,7 +6,7 @@
 
 namespace secateur {
 
-enum Precision : int { FP32 = 0, BF16 = 1, INT8 = 2 };
+enum Precision : int { FP32 = 0, BF16 = 1, INT8 = 2, BINARY = 3 };
 enum Activation : int { NONE = 0, GELU = 1, RELU = 2, GELU_TANH = 3 };
 
 constexpr int WIDE = 32;    // what outputs are padded to
@@ -19,14 +19,24 @@ static inline int up_to(int n, int multiple) { return (n + multiple - 1) / multi
 static inline int least(int a, int b) { return a < b ? a : b; }
 static inline int most(int a, int b) { return a > b ? a : b; }
 
-// A packed linear map. Outputs beyond `out` have weight and bias 0.
+// Whole numbers that a row is rounded to: the sign of x - shift, else floor(clip((x - shift) / alpha, low, high) + 1/2).
+struct Levels {
+    float alpha = 1;
+    const float* shift = nullptr;  // of each column, or null: 0
+    int low = 0, high = 0;
+    bool sign = false;
+};
+
+// A packed linear map. Outputs beyond `out` have weight and bias 0; binary ones are given rows that are 0 beyond `in`.
 struct Map {
+    Precision precision = FP32;
+    Levels levels;                    // of the rows that a binary map is given
     int out = 0, in = 0;              // as given
     int wide = 0, deep = 0;           // padded
     void* weights = nullptr;          // in the order of the tier
     float* bias = nullptr;            // wide
-    float* scale = nullptr;           // wide: of int8 weights
-    int32_t* sums = nullptr;          // wide: of int8 weights
+    float* scale = nullptr;           // wide: of int8 weights, or of a binary map's whole products
+    int32_t* sums = nullptr;          // wide: of int8 or binary weights
     size_t bytes = 0;
 };
 
@@ -35,6 +45,12 @@ struct Rows {
     void* data;
     int stride;  // entries
     bool half;
+};
+
+// Attention on levels: rows hold whole numbers.
+struct AttentionLevels {
+    Levels probabilities;
+    float scores, context;  // what whole products of queries and keys, and of probabilities and values, are multiplied by
 };
 
 struct Attention {
@@ -49,17 +65,22 @@ struct Attention {
     float* scores;
     int score_stride, queries;
     bool by_value, diagonal;  // weighted by the size of its value; with what it pays to itself
+    const AttentionLevels* levels;  // null: rows are floats
 };
 
 struct Kernels {
     const char* name;
+    bool halves;  // attention is given levels as bfloat16
     size_t (*attention_scratch)(int width, int tokens);  // floats that one thread needs
     size_t (*packed_bytes)(Precision precision, int wide, int deep);
     void (*pack)(Precision precision, const float* weight, Map& map);
+    void (*pack_signs)(const uint64_t* words, Map& map);  // rows of words, the first sign in the lowest bit
     // Rows as a product reads them: `input` has rows x map.deep entries of the precision, `scale` one for each row.
     void (*prepare)(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads);
+    // `panels`: 32 x map.deep bytes for each thread, where binary weights are spread out.
     void (*product)(Precision precision, const void* input, const float* scale, int rows, const Map& map,
-                    Activation activation, Rows to, int threads);
+                    Activation activation, Rows to, void* panels, int threads);
+    void (*round)(Rows from, int rows, int columns, const Levels& levels, Rows to, int threads);
     // qkv: queries, keys and values side by side, each heads x width.
     void (*attention)(Rows qkv, const Attention& what, Rows to, int threads);
     // x = norm(x + y), or x + bias where there is no y.

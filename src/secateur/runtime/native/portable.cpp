@@ -1,37 +1,36 @@
-// The portable tier: the compiler's vectors and plain loops.
+// The portable tier: the compiler's vectors and plain loops. Weights of an output lie one behind the other: sums of products
+// of shorts are what compilers vectorise.
 #define SEC_LANES 4
 #define SEC_ROWS 4
+#define SEC_ROW_AFTER_ROW
 #include "generic.h"
 
 namespace secateur {
 namespace {
 
-// Weights of an output lie one behind the other: sums of products of shorts are what compilers vectorise.
-static void pack(Precision precision, const float* weight, Map& map) {
-    if (precision != INT8) return generic_pack(precision, weight, map);
-    pack_int8(weight, map, [&](int n, int k) { return (size_t)n * map.deep + k; });
-}
-
-template <Activation A>
-static void int8_product(const void* input, const float* scale, int rows, const Map& map, Rows to, int threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int column = 0; column < map.wide; column += 16)
+template <Activation A, bool SIGNED>
+static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
+                         int threads) {
+    over_panels(map, 16, panels, threads, [&](int column, const int8_t* panel) {
         for (int row = 0; row < rows; row++) {
             const int8_t* from = (const int8_t*)input + (size_t)row * map.deep;
             int32_t sums[16];
             for (int n = 0; n < 16; n++) {
-                const int8_t* weights = (const int8_t*)map.weights + (size_t)(column + n) * map.deep;
+                const int8_t* weights = panel + (size_t)n * map.deep;
                 int32_t sum = 0;
-                for (int k = 0; k < map.deep; k++) sum += (int16_t)from[k] * (int16_t)weights[k];
+                for (int k = 0; k < map.deep; k++)
+                    sum += (SIGNED ? (int16_t)from[k] : (int16_t)(uint8_t)from[k]) * (int16_t)weights[k];
                 sums[n] = sum;
             }
-            finish_whole<A>(sums, scale[row], row, column, map, to);
+            finish_whole<A>(sums, scale, row, column, map, to);
         }
+    });
 }
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable",       generic_attention_scratch, generic_packed_bytes, pack,
-                                  generic_prepare,  product,                   generic_attention,    generic_add_norm};
+const Kernels portable_kernels = {
+    "portable", false,           generic_attention_scratch, generic_packed_bytes, generic_pack,    generic_pack_signs,
+    generic_prepare, product, generic_round, generic_attention,    generic_add_norm};
 
 }  // namespace secateur

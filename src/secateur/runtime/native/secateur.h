@@ -10,10 +10,21 @@ extern "C" {
 
 typedef struct sec_encoder sec_encoder;
 
-// A linear map y = W x + b; rows of `weight` are outputs. No weight: the map is not there.
+// Whole numbers that rows are rounded to: the sign of x - shift, or floor(clip((x - shift) / alpha, low, high) + 1/2).
 typedef struct {
-    const float* weight;  // out x in
-    const float* bias;    // out, or null
+    const float* shift;  // of each column, or null: 0
+    float alpha;
+    int32_t low, high, sign;
+} sec_levels;
+
+// A linear map y = W x + b; rows of `weight` are outputs. One that is binary has no weight, but words of signs (64 to a
+// word, the first in the lowest bit, 1 is +1): y = scale (sign(W) levels(x)) + b.
+typedef struct {
+    const float* weight;    // out x in, or null
+    const float* bias;      // out, or null
+    const uint64_t* signs;  // out x words, or null
+    const float* scale;     // out
+    sec_levels levels;
     int32_t out, in;
 } sec_map;
 
@@ -32,6 +43,11 @@ typedef struct {
     const float* relative;  // heads x (2 reach + 1): added to scores by (key - query), or null
     sec_map qkv, out, up, down;
     sec_norm after_attention, after_feed_forward;
+    // In place of `qkv`: maps that do not read the same rows, whose results may be rounded.
+    int32_t split, rounded;
+    sec_map parts[3];
+    sec_levels operands[3], probabilities;
+    float scores, context;  // what whole products of queries and keys, and of probabilities and values, are multiplied by
 } sec_layer;
 
 typedef struct {
@@ -42,9 +58,12 @@ typedef struct {
     int32_t reach;       // of relative positions
 } sec_config;
 
-// Tables of embeddings, rows of `width`, and the norm of their sum. `types` may be null.
+// Tables of embeddings, rows of `width`, and the norm of their sum. `types` may be null. Words are floats, or with a scale
+// for each row bytes or words of signs.
 typedef struct {
-    const float *words, *positions, *types;
+    const void* words;
+    const float *positions, *types, *word_scale;
+    int32_t word_bits;  // 32, 8 or 1
     int32_t vocabulary, places, kinds;  // rows of each
     int32_t width, offset;              // the first token's position
     sec_norm norm;
