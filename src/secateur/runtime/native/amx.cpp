@@ -1,5 +1,6 @@
 // The AMX tier: int8 and bfloat16 products and attention in tiles of 16 rows of 64 bytes. fp32 is that of AVX-512.
 #define SEC_OWN_PRODUCT
+#define SEC_TILES
 #define SEC_LANES 16
 #define SEC_ROWS 8
 #include "generic.h"
@@ -42,17 +43,15 @@ static void prepare_tiles(Precision precision, Rows from, int rows, const Map& m
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
     for (int m = 0; m < rows; m++) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
-        char* to = (char*)input + ((size_t)(m / 16) * steps * 16 + m % 16) * 64;
-        const auto byte_at = [&](int k) { return (int8_t*)to + (size_t)(k / 64) * TILE + k % 64; };
         if (precision == BINARY) {
-            round_row(row, map.in, map.deep, map.levels, 0, byte_at);
+            round_row(row, m, map, input);
         } else if (precision == INT8) {
             const float high = largest(row, map.in);
             scale[m] = high / 127;
-            quantise(row, map.in, map.deep, high > 0 ? 127 / high : 0, 0, byte_at);
+            quantise(row, m, map, high > 0 ? 127 / high : 0, input);
         } else {
             for (int k = 0; k < map.deep; k += LANES) {
-                uint16_t* at = (uint16_t*)(to + (size_t)(k / 32) * TILE) + k % 32;
+                uint16_t* at = (uint16_t*)((char*)input + ((size_t)(m / 16) * steps + k / 32) * TILE + m % 16 * 64) + k % 32;
                 if (k + LANES <= map.in) {
                     store(at, load(row + k));
                 } else {
@@ -73,32 +72,31 @@ SEC_INLINE void ask_for(const char* from, int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// A block of 32 x 32 sums, written out row by row while the next one is computed: binary maps give floats, others bfloat16.
+// A block of 32 x 32 sums, written out row by row while the next one is computed.
 template <Precision P, Activation A>
 struct Finished {
     const int32_t* sums = nullptr;
-    char* to = nullptr;
     const float* scale = nullptr;
-    int rows = 0, done = 0;
-    size_t stride = 0;  // bytes
+    int row = 0, rows = 0, column = 0, done = 0;
     vf gain[2], bias[2];
 
-    SEC_INLINE void write(Finished& it, int count) {
+    SEC_INLINE void write(Finished& it, Rows to, int count) {
         const int end = least(it.rows, it.done + count);
         for (; it.done < end; it.done++) {
             const int32_t* from = it.sums + (it.done / 16) * 512 + (it.done % 16) * 16;
             const vf low = value(it, from, 0), high = value(it, from + 256, 1);
-            char* at = it.to + it.done * it.stride;
+            const int row = it.row + it.done;
             if (P == BINARY) {
-                store((float*)at, low);
-                store((float*)at + LANES, high);
+                finish<A>(to, row, it.column, low);
+                finish<A>(to, row, it.column + LANES, high);
                 continue;
             }
+            uint16_t* at = (uint16_t*)to.data + (size_t)row * to.stride + it.column;
 #ifdef __AVX512BF16__
             _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 #else
-            store((uint16_t*)at, low);
-            store((uint16_t*)at + LANES, high);
+            store(at, low);
+            store(at + LANES, high);
 #endif
         }
     }
@@ -106,8 +104,9 @@ struct Finished {
     SEC_INLINE vf value(const Finished& it, const int32_t* from, int half) {
         const vi sums = *(const vi*)from;
         const vf whole = __builtin_convertvector(sums, vf);
-        if (P == BINARY) return activated<A, false>(apart(whole * it.gain[half]) + it.bias[half]);
-        const vf found = P == INT8 ? whole * (it.gain[half] * it.scale[it.done]) + it.bias[half] : (vf)sums + it.bias[half];
+        if (P == BINARY) return apart(whole * it.gain[half]) + it.bias[half];
+        const vf found =
+            P == INT8 ? whole * (it.gain[half] * it.scale[it.row + it.done]) + it.bias[half] : (vf)sums + it.bias[half];
         return activated<A, true>(found);
     }
 };
@@ -115,7 +114,6 @@ struct Finished {
 template <Precision P, Activation A, bool SIGNED = true>
 static void tile_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
                          int threads) {
-    const size_t entry = P == BINARY ? 4 : 2;
     const int steps = map.deep / step_of(P), each = (32 + steps - 1) / steps, blocks = (rows + 31) / 32;
     const size_t panel = (size_t)steps * TILE;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -135,7 +133,8 @@ static void tile_product(const void* input, const float* scale, int rows, const 
             }
             const char* high = low + panel;
             Finished<P, A> last;
-            last.stride = to.stride * entry;
+            last.scale = scale;
+            last.column = column;
             for (int half = 0; half < 2; half++) {
                 last.gain[half] = load(map.scale + column + half * LANES);
                 last.bias[half] = load(map.bias + column + half * LANES);
@@ -182,9 +181,9 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                         ask_for(next + (size_t)asked * TILE, TILE);
                         asked++;
                     }
-                    if (last.sums != nullptr) last.write(last, each);
+                    if (last.sums != nullptr) last.write(last, to, each);
                 }
-                if (last.sums != nullptr) last.write(last, 32);
+                if (last.sums != nullptr) last.write(last, to, 32);
                 int32_t* here = sums[turn ^= 1];
                 _tile_stored(0, here, 64);
                 _tile_stored(1, here + 256, 64);
@@ -194,12 +193,11 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 }
                 settle();
                 last.sums = here;
-                last.to = (char*)to.data + ((size_t)row * to.stride + column) * entry;
-                last.scale = scale + row;
+                last.row = row;
                 last.rows = least(32, rows - row);
                 last.done = 0;
             }
-            last.write(last, 32);
+            last.write(last, to, 32);
         }
         release();
     }
@@ -226,7 +224,7 @@ static void product(Precision precision, const void* input, const float* scale, 
 
 static size_t attention_scratch(int width, int tokens) {
     const size_t padded = up_to(tokens, 32);
-    const size_t tiles = padded * width + padded * 16 + 16 * padded / 2 + 16 * (size_t)width + padded + 4 * 64;
+    const size_t tiles = padded * width + padded * 16 + 16 * padded / 2 + 16 * (size_t)width + 2 * padded + 4 * 64;
     return up_to((int)most((int)tiles, (int)generic_attention_scratch(width, tokens)), 64);
 }
 
@@ -283,7 +281,7 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
             }
     settle();
     const AttentionRun<uint16_t> run{qkv, to, what};
-    float* paid = run.begin_scores(found + (size_t)16 * width, padded);
+    float *held = found + (size_t)16 * width, *paid = run.begin_scores(held + padded, padded);
     for (int i = 0; i < tokens; i += 16) {
         const int count = least(16, tokens - i);
         const uint16_t* query = queries + (size_t)i * stride;  // rows behind the last token are read and not used
@@ -302,7 +300,7 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
             const size_t at = (size_t)r * padded;
             float *row = scores + at;
             uint16_t* found_row = probabilities + at;
-            inverse[r] = what.levels != nullptr ? run.softmax_levels(row, found_row, tokens, padded, h, first, i + r)
+            inverse[r] = what.levels != nullptr ? run.softmax_levels(row, found_row, held, tokens, padded, h, first, i + r)
                                                 : run.softmax_short(row, found_row, tokens, padded, h, first, i + r);
             if (paid != nullptr) run.count_in(probabilities + at, inverse[r], tokens, i + r, paid);
         }
@@ -342,6 +340,6 @@ static void attention(Rows qkv, const Attention& what, Rows to, int threads) {
 }  // namespace
 
 const Kernels amx_kernels = {"amx",   true,    attention_scratch, generic_packed_bytes, pack, generic_pack_signs,
-                             prepare, product, generic_round,     attention,            generic_add_norm};
+                             prepare, product, attention, generic_add_norm};
 
 }  // namespace secateur

@@ -1,16 +1,11 @@
 // The AVX-512 tier: bytes by VNNI, whose left operand has no sign: inputs are raised by 128, and 128 Σ w taken away again.
 #define SEC_LANES 16
 #define SEC_ROWS 8
+#define SEC_RAISED 128
 #include "generic.h"
 
 namespace secateur {
 namespace {
-
-constexpr int RAISED = 128;
-
-static void prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads) {
-    (from.half ? prepare_rows<uint16_t> : prepare_rows<float>)(precision, from, rows, map, input, scale, RAISED, threads);
-}
 
 // R rows times 32 outputs.
 template <int R, Activation A, bool SIGNED>
@@ -36,7 +31,7 @@ SEC_INLINE void byte_panel(const uint8_t* input, const float* scale, int row, in
     }
     SEC_UNROLL for (int r = 0; r < R; r++) SEC_UNROLL for (int half = 0; half < 2; half++) {
         const int at = column + half * LANES;
-        finish<A>(to, row + r, at, scaled((vi)sums[r][half], scale, row + r, at, map));
+        finish_whole<A>((vi)sums[r][half], scale, row + r, at, map, to);
     }
 }
 
@@ -55,6 +50,6 @@ static void byte_product(const void* input, const float* scale, int rows, const 
 
 const Kernels avx512_kernels = {
     "avx512", false,           generic_attention_scratch, generic_packed_bytes, generic_pack,    generic_pack_signs,
-    prepare, product, generic_round, generic_attention,    generic_add_norm};
+    generic_prepare, product, generic_attention,    generic_add_norm};
 
 }  // namespace secateur

@@ -108,6 +108,7 @@ struct Norm {
 struct Layer {
     sec_layer given;
     Map qkv, out, up, down, parts[3];
+    Levels operands[3];  // queries, keys and values are rounded to
     AttentionLevels levels;
     Norm after_attention, after_feed_forward;
     std::vector<float> relative;
@@ -193,6 +194,7 @@ struct sec_encoder {
     Levels levels_of(const sec_levels& given, int columns) {
         Levels found;
         found.alpha = given.alpha;
+        found.inverse = 1 / given.alpha;
         found.shift = given.shift != nullptr ? floats(given.shift, columns, up_to(columns, DEPTH)) : nullptr;
         found.low = given.low;
         found.high = given.high;
@@ -222,11 +224,12 @@ struct sec_encoder {
     }
 
     void add(const sec_layer& given) {
-        Layer layer{given, {}, {}, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {}};
+        Layer layer{given, {}, {}, {}, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {}};
         if (!given.skip_attention) {
             if (given.heads > 0 && !given.split) layer.qkv = packed(given.qkv);
             for (int i = 0; i < 3 && given.heads > 0 && given.split; i++) layer.parts[i] = packed(given.parts[i]);
             if (given.heads > 0 && given.split) widest = most(widest, 3 * layer.parts[0].wide);
+            for (int i = 0; i < 3; i++) layer.operands[i] = levels_of(given.operands[i], 0);
             layer.levels = {levels_of(given.probabilities, 0), given.scores, given.context};
             layer.out = packed(given.out);
         }
@@ -258,7 +261,7 @@ struct sec_encoder {
         fresh.threads = threads;
         fresh.input = allocate(rows * deepest * (config.precision == INT8 ? 1 : entry()));
         if (spread) fresh.panels = allocate((size_t)threads * 32 * deepest);
-        if (spread && kernels->halves) fresh.rounded = allocate(rows * widest * 2);
+        if (spread) fresh.rounded = allocate(rows * deepest);
         fresh.scale = allocate(rows * sizeof(float));
         fresh.wide = allocate(rows * widest * entry());
         fresh.context = allocate(rows * widest_context * entry());
@@ -272,29 +275,22 @@ struct sec_encoder {
 
     // Queries, keys and values side by side, rounded if attention is on levels.
     template <class Through>
-    Rows operands(const Layer& layer, Rows stream, int rows, Workspace& work, int threads, Through through) const {
+    Rows operands(const Layer& layer, Rows stream, Workspace& work, Through through) const {
         const sec_layer& given = layer.given;
         if (!given.split) {
             const Rows qkv{work.wide.get(), layer.qkv.wide, half()};
             through(layer.qkv, stream, NONE, qkv);
             return qkv;
         }
+        const bool halves = half() || (given.rounded && kernels->halves);
         const int each = given.heads * given.head_width, stride = 3 * layer.parts[0].wide;
-        const Rows floats{work.wide.get(), stride, half()};
-        const bool halves = given.rounded && kernels->halves;
-        const Rows rounded{halves ? work.rounded.get() : floats.data, stride, halves};
+        const size_t bytes = halves ? 2 : 4;
+        const Rows all{work.wide.get(), stride, halves};
         for (int i = 0; i < 3; i++) {  // in turn: padded columns of one are written over by the next
-            const Rows to{(char*)floats.data + (size_t)i * each * entry(), stride, half()};
-            through(layer.parts[i], stream, NONE, to);
+            const Levels* how = given.rounded ? &layer.operands[i] : nullptr;
+            through(layer.parts[i], stream, NONE, Rows{(char*)all.data + i * each * bytes, stride, halves, how});
         }
-        for (int i = 0; i < 3 && given.rounded; i++) {
-            const Levels how{given.operands[i].alpha, nullptr, given.operands[i].low, given.operands[i].high,
-                             given.operands[i].sign != 0};
-            const Rows from{(float*)floats.data + i * each, stride, false};
-            const Rows to{(char*)rounded.data + (size_t)i * each * (halves ? 2 : 4), stride, halves};
-            kernels->round(from, rows, each, how, to, threads);
-        }
-        return rounded;
+        return all;
     }
 
     void run(float* x, const int32_t* starts, int examples, int threads, const sec_dropping* dropping,
@@ -309,9 +305,12 @@ struct sec_encoder {
         const size_t bytes = (size_t)hidden * sizeof(float);
         const Rows stream{x, hidden, false};
         const Rows narrow{work.narrow.get(), up_to(hidden, WIDE), half()};
+        auto multiply = [&](const Map& map, const void* from, Activation activation, Rows to) {
+            kernels->product(map.precision, from, scale, rows, map, activation, to, work.panels.get(), threads);
+        };
         auto through = [&](const Map& map, Rows from, Activation activation, Rows to) {
             kernels->prepare(map.precision, from, rows, map, input, scale, threads);
-            kernels->product(map.precision, input, scale, rows, map, activation, to, work.panels.get(), threads);
+            multiply(map, input, activation, to);
         };
         auto settle = [&](const Norm& norm, const Rows* y, const float* bias) {
             kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, threads);
@@ -332,7 +331,7 @@ struct sec_encoder {
                 rows = tokens.count();
             };
             if (attends) {
-                const Rows qkv = operands(layer, stream, rows, work, threads, through);
+                const Rows qkv = operands(layer, stream, work, through);
                 const size_t each = kernels->attention_scratch(given.head_width, (int)work.longest);
                 const Attention what{given.heads, given.head_width, examples, config.reach,
                                      given.rounded ? 1.0f : given.scaling,
@@ -352,9 +351,16 @@ struct sec_encoder {
             }
             if (every) drop();
             if (!given.skip_feed_forward && given.neurons > 0) {
-                const Rows neurons{work.wide.get(), layer.up.wide, half()};
-                through(layer.up, stream, (Activation)config.activation, neurons);
-                through(layer.down, neurons, NONE, narrow);
+                const auto activation = (Activation)config.activation;
+                if (layer.down.precision == BINARY && layer.up.precision == BINARY && layer.down.in == layer.down.deep) {
+                    const Rows rounded{work.rounded.get(), 0, false, nullptr, &layer.down};
+                    through(layer.up, stream, activation, rounded);
+                    multiply(layer.down, rounded.data, NONE, narrow);
+                } else {
+                    const Rows neurons{work.wide.get(), layer.up.wide, half()};
+                    through(layer.up, stream, activation, neurons);
+                    through(layer.down, neurons, NONE, narrow);
+                }
                 settle(layer.after_feed_forward, &narrow, nullptr);
             } else if (!given.skip_feed_forward) {
                 settle(layer.after_feed_forward, nullptr, layer.down.bias);

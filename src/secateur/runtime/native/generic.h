@@ -14,6 +14,11 @@ static inline int omp_get_thread_num() { return 0; }
 
 #include "kernels.h"
 
+// What signed bytes are raised by where a product reads them without a sign.
+#ifndef SEC_RAISED
+#define SEC_RAISED 0
+#endif
+
 namespace secateur {
 namespace {
 
@@ -100,6 +105,13 @@ SEC_INLINE float highest(vf a) {
     float found = a[0];
     for (int i = 1; i < LANES; i++) found = a[i] > found ? a[i] : found;
     return found;
+#endif
+}
+SEC_INLINE bool any_positive(vf a) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_GT_OQ) != 0;
+#else
+    return highest(a) > 0;
 #endif
 }
 SEC_INLINE vf inverse_of(vf a) {  // to 14 bits, which is more than bfloat16 keeps
@@ -304,10 +316,20 @@ SEC_INLINE float largest(const From* from, int count) {
     return found;
 }
 
-// Levels of a row; `at` says where those from k on go.
-template <class From, class Place>
-SEC_INLINE void quantise(const From* from, int count, int deep, float factor, int offset, Place at) {
-    for (int k = 0; k < deep; k += LANES) {
+// Where a product reads byte k of a row.
+SEC_INLINE size_t input_place(const Map& map, int row, int k) {
+#ifdef SEC_TILES  // 16 rows of 64 bytes, then the next 64 bytes of the same rows
+    return ((size_t)(row / 16) * (map.deep / 64) + k / 64) * 1024 + (size_t)(row % 16) * 64 + k % 64;
+#else
+    return (size_t)row * map.deep + k;
+#endif
+}
+
+// A row times a factor, in whole numbers, as an int8 map reads them.
+template <class From>
+SEC_INLINE void quantise(const From* from, int row, const Map& map, float factor, void* input) {
+    const int count = map.in;
+    for (int k = 0; k < map.deep; k += LANES) {
         float held[LANES] = {};
         vf x;
         if (k + LANES <= count) {
@@ -316,25 +338,31 @@ SEC_INLINE void quantise(const From* from, int count, int deep, float factor, in
             for (int i = k; i < count; i++) held[i - k] = one(from + i);
             x = load(held);
         }
-        vi levels = whole(x * factor) + offset;
-        *(vb*)at(k) = __builtin_convertvector(levels, vb);
+        *(vb*)((int8_t*)input + input_place(map, row, k)) = __builtin_convertvector(whole(x * factor) + SEC_RAISED, vb);
     }
 }
+
+SEC_INLINE int raised(const Map& map) { return map.precision == BINARY && map.levels.low == 0 ? 0 : SEC_RAISED; }
 
 SEC_INLINE vi level_of(vf x, vf shift, const Levels& how) {
     x -= shift;
     if (how.sign) return (x >= 0) ? vi{} + 1 : vi{} - 1;
-    const vf u = smaller(larger(x / how.alpha, splat((float)how.low)), splat((float)how.high));
-    const vf t = u + 0.5f;
+    const vf low = splat((float)how.low), high = splat((float)how.high);
+    vf t = smaller(larger(x * how.inverse, low), high) + 0.5f;
+    // a product with the inverse may miss the quotient by two of its last bits: where that counts, divide
+    const float unsure = 4e-7f * (how.high - how.low + 1);
+    if (any_positive(splat(unsure) - absolute(t - nearest(t)))) t = smaller(larger(x / how.alpha, low), high) + 0.5f;
     vi found = __builtin_convertvector(t, vi);
     found += __builtin_convertvector(found, vf) > t;  // towards 0 is above, of negative ones
     return found > how.high ? vi{} + how.high : found;
 }
 
-// Levels of a row, 0 behind its end, each raised by `offset`; `at` says where those from k on go.
-template <class From, class Place>
-SEC_INLINE void round_row(const From* from, int count, int deep, const Levels& how, int offset, Place at) {
-    for (int k = 0; k < deep; k += LANES) {
+// Levels of a row as a binary map reads them, 0 behind its end.
+template <class From>
+SEC_INLINE void round_row(const From* from, int row, const Map& map, void* input) {
+    const Levels& how = map.levels;
+    const int count = map.in;
+    for (int k = 0; k < map.deep; k += LANES) {
         float held[LANES] = {}, moved[LANES] = {};
         vi found;
         if (k + LANES <= count) {
@@ -346,44 +374,22 @@ SEC_INLINE void round_row(const From* from, int count, int deep, const Levels& h
             for (int i = 0; i < LANES; i++)
                 if (k + i >= count) found[i] = 0;
         }
-        *(vb*)at(k) = __builtin_convertvector(found + offset, vb);
-    }
-}
-
-// Levels as floats, or as bfloat16, which has those up to 256.
-[[maybe_unused]] static void generic_round(Rows from, int rows, int columns, const Levels& levels, Rows to, int threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
-        const float* row = (const float*)from.data + (size_t)m * from.stride;
-        for (int k = 0; k < columns; k += LANES) {
-            float held[LANES] = {};
-            const int count = least(LANES, columns - k);
-            memcpy(held, row + k, (size_t)count * sizeof(float));
-            const vf found = __builtin_convertvector(level_of(load(held), vf{}, levels), vf);
-            for (int i = 0; i < count; i++) {
-                if (to.half)
-                    put((uint16_t*)to.data + (size_t)m * to.stride + k + i, found[i]);
-                else
-                    put((float*)to.data + (size_t)m * to.stride + k + i, found[i]);
-            }
-        }
+        *(vb*)((int8_t*)input + input_place(map, row, k)) = __builtin_convertvector(found + raised(map), vb);
     }
 }
 
 template <class From>
 static void prepare_rows(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
-                         int offset, int threads) {
+                         int threads) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
     for (int m = 0; m < rows; m++) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
         if (precision == BINARY) {
-            int8_t* to = (int8_t*)input + (size_t)m * map.deep;
-            round_row(row, map.in, map.deep, map.levels, map.levels.low < 0 ? offset : 0, [&](int k) { return to + k; });
+            round_row(row, m, map, input);
         } else if (precision == INT8) {
             float high = largest(row, map.in);
             scale[m] = high / 127;
-            int8_t* to = (int8_t*)input + (size_t)m * map.deep;
-            quantise(row, map.in, map.deep, high > 0 ? 127 / high : 0, offset, [&](int k) { return to + k; });
+            quantise(row, m, map, high > 0 ? 127 / high : 0, input);
         } else if (precision == BF16) {
             uint16_t* to = (uint16_t*)input + (size_t)m * map.deep;
             int k = 0;
@@ -402,13 +408,23 @@ static void prepare_rows(Precision precision, Rows from, int rows, const Map& ma
 
 [[maybe_unused]] static void generic_prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
                             int threads) {
-    (from.half ? prepare_rows<uint16_t> : prepare_rows<float>)(precision, from, rows, map, input, scale, 0, threads);
+    (from.half ? prepare_rows<uint16_t> : prepare_rows<float>)(precision, from, rows, map, input, scale, threads);
 }
 
 // --- products ------------------------------------------------------------------------------------------------------
 
+// Writes results: as floats or halves, rounded to levels (which no map with an activation is asked for), or as the next
+// map reads its rows.
 template <Activation A>
 SEC_INLINE void finish(Rows to, int row, int column, vf value) {
+    if (to.next != nullptr) {
+        const Levels& how = to.next->levels;
+        const vf shift = how.shift != nullptr ? load(how.shift + column) : vf{};
+        const vi found = level_of(activated<A, false>(value), shift, how) + raised(*to.next);
+        *(vb*)((int8_t*)to.data + input_place(*to.next, row, column)) = __builtin_convertvector(found, vb);
+        return;
+    }
+    if (to.levels != nullptr) value = __builtin_convertvector(level_of(value, vf{}, *to.levels), vf);
     if (to.half)
         store((uint16_t*)to.data + (size_t)row * to.stride + column, activated<A, true>(value));
     else
@@ -447,18 +463,17 @@ template <Activation A, class Value>
     }
 }
 
-// Sums of whole products, with scales and bias; `scale` is that of the row, of int8 maps.
-SEC_INLINE vf scaled(vi sums, const float* scale, int row, int at, const Map& map) {
-    const vf whole = __builtin_convertvector(sums, vf);
-    if (map.precision == BINARY) return apart(whole * load(map.scale + at)) + load(map.bias + at);
-    return whole * (load(map.scale + at) * scale[row]) + load(map.bias + at);
+// Sums of whole products, with scales and bias; `scale` is that of each row, of int8 maps.
+template <Activation A>
+[[maybe_unused]] SEC_INLINE void finish_whole(vi sums, const float* scale, int row, int column, const Map& map, Rows to) {
+    const vf whole = __builtin_convertvector(sums, vf), bias = load(map.bias + column);
+    if (map.precision == BINARY) return finish<A>(to, row, column, apart(whole * load(map.scale + column)) + bias);
+    finish<A>(to, row, column, whole * (load(map.scale + column) * scale[row]) + bias);
 }
-
 template <Activation A>
 [[maybe_unused]] SEC_INLINE void finish_whole(const int32_t* sums, const float* scale, int row, int column, const Map& map,
                                               Rows to) {
-    for (int n = 0; n < 16; n += LANES)
-        finish<A>(to, row, column + n, scaled(*(const vi*)(sums + n), scale, row, column + n, map));
+    for (int n = 0; n < 16; n += LANES) finish_whole<A>(*(const vi*)(sums + n), scale, row, column + n, map, to);
 }
 
 // Calls `then` with the bytes of each `step` outputs' weights: those that are packed, or signs, spread out in `panels`.
@@ -513,7 +528,7 @@ struct AttentionRun {
         const Value* queries = (const Value*)qkv.data + (size_t)first * qkv.stride + h * width;
         const Value *keys = queries + all, *values = keys + all;
         float *turned = scratch, *asked = turned + (size_t)width * padded, *rows = asked + 4 * (size_t)width;
-        float* paid = begin_scores(rows + 4 * (size_t)padded, padded);
+        float *held = rows + 4 * (size_t)padded, *paid = begin_scores(held + padded, padded);
         for (int j = 0; j < tokens; j++)
             for (int d = 0; d < width; d++) turned[(size_t)d * padded + j] = one(keys + (size_t)j * qkv.stride + d);
         for (int d = 0; d < width; d++)
@@ -541,7 +556,7 @@ struct AttentionRun {
             float inverse[4] = {};
             for (int r = 0; r < count; r++) {
                 float* row = rows + (size_t)r * padded;
-                inverse[r] = what.levels != nullptr ? softmax_levels(row, row, tokens, padded, h, first, i + r)
+                inverse[r] = what.levels != nullptr ? softmax_levels(row, row, held, tokens, padded, h, first, i + r)
                                                     : softmax(row, tokens, padded, h, first, i + r);
                 if (paid != nullptr) count_in(rows + (size_t)r * padded, inverse[r], tokens, i + r, paid);
             }
@@ -653,7 +668,7 @@ struct AttentionRun {
     // Levels of the probabilities, from whole scores; what the whole context is to be multiplied by. Where single
     // precision cannot tell which level is reached, the row is computed again in double.
     template <class Level>
-    float softmax_levels(float* row, Level* into, int tokens, int padded, int h, int first, int query) const {
+    float softmax_levels(float* row, Level* into, float* held, int tokens, int padded, int h, int first, int query) const {
         const Levels& how = what.levels->probabilities;
         for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * what.levels->scores);
         place(row, tokens, padded, h, first, query);
@@ -661,23 +676,21 @@ struct AttentionRun {
         for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
         const float top = highest(high);
         vf sum = {};
-        for (int j = 0; j < padded; j += LANES) sum += exponential(load(row + j) - top);
-        const float factor = 1.0f / (total(sum) * how.alpha);
-        vf closest = splat(1.0f);
         for (int j = 0; j < padded; j += LANES) {
-            const vf u = exponential(load(row + j) - top) * factor;
-            const vf t = smaller(u, splat((float)how.high)) + 0.5f;
-            const vf from_whole = absolute(t - nearest(t));
-            closest = smaller(closest, u > how.high + 1.0f ? splat(1.0f) : from_whole - u * 2e-5f);
+            const vf found = exponential(load(row + j) - top);
+            store(held + j, found);
+            sum += found;
         }
-        if (-highest(-closest) > 1e-6f) {
-            for (int j = 0; j < padded; j += LANES) {
-                const vf u = exponential(load(row + j) - top) * factor;
-                const vf t = smaller(u, splat((float)how.high)) + 0.5f;
-                vi level = __builtin_convertvector(t, vi);
-                level = level > how.high ? vi{} + how.high : level;
-                store(into + j, __builtin_convertvector(level, vf));
-            }
+        const float factor = 1.0f / (total(sum) * how.alpha);
+        vf unsure = splat(-1.0f);
+        for (int j = 0; j < padded; j += LANES) {
+            const vf u = smaller(load(held + j) * factor, splat((float)how.high + 1)), t = u + 0.5f;
+            unsure = larger(unsure, u * 2e-5f + 1e-6f - absolute(t - nearest(t)));
+            store(held + j, smaller(t, splat((float)how.high)));
+        }
+        if (highest(unsure) < 0) {
+            for (int j = 0; j < padded; j += LANES)
+                store(into + j, __builtin_convertvector(__builtin_convertvector(load(held + j), vi), vf));
             return what.levels->context;
         }
         double all = 0;
@@ -707,7 +720,7 @@ struct AttentionRun {
 };
 
 static size_t generic_attention_scratch(int width, int tokens) {
-    return (size_t)(width + 5) * up_to(tokens, 2 * LANES) + 4 * (size_t)width + 4 * LANES;
+    return (size_t)(width + 6) * up_to(tokens, 2 * LANES) + 4 * (size_t)width + 4 * LANES;
 }
 
 template <class Value>

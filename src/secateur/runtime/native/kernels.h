@@ -21,7 +21,7 @@ static inline int most(int a, int b) { return a > b ? a : b; }
 
 // Whole numbers that a row is rounded to: the sign of x - shift, else floor(clip((x - shift) / alpha, low, high) + 1/2).
 struct Levels {
-    float alpha = 1;
+    float alpha = 1, inverse = 1;  // and 1 / alpha
     const float* shift = nullptr;  // of each column, or null: 0
     int low = 0, high = 0;
     bool sign = false;
@@ -40,11 +40,14 @@ struct Map {
     size_t bytes = 0;
 };
 
-// Rows of intermediate results: floats, or their upper halves (bfloat16) where products are not in fp32.
+// Rows of intermediate results: floats, or their upper halves (bfloat16) where products are not in fp32. Those of a binary
+// map may be rounded at once: to `levels`, or as another binary map reads its rows.
 struct Rows {
     void* data;
     int stride;  // entries
     bool half;
+    const Levels* levels = nullptr;
+    const Map* next = nullptr;
 };
 
 // Attention on levels: rows hold whole numbers.
@@ -80,7 +83,6 @@ struct Kernels {
     // `panels`: 32 x map.deep bytes for each thread, where binary weights are spread out.
     void (*product)(Precision precision, const void* input, const float* scale, int rows, const Map& map,
                     Activation activation, Rows to, void* panels, int threads);
-    void (*round)(Rows from, int rows, int columns, const Levels& levels, Rows to, int threads);
     // qkv: queries, keys and values side by side, each heads x width.
     void (*attention)(Rows qkv, const Attention& what, Rows to, int threads);
     // x = norm(x + y), or x + bias where there is no y.

@@ -31,6 +31,6 @@ static void byte_product(const void* input, const float* scale, int rows, const 
 
 const Kernels portable_kernels = {
     "portable", false,           generic_attention_scratch, generic_packed_bytes, generic_pack,    generic_pack_signs,
-    generic_prepare, product, generic_round, generic_attention,    generic_add_norm};
+    generic_prepare, product, generic_attention,    generic_add_norm};
 
 }  // namespace secateur
