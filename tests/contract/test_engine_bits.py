@@ -134,5 +134,3 @@ def test_a_folder_opens_in_its_bits(tmp_path: Any) -> None:
         load(tmp_path, "int8")
     with pytest.raises(SecateurError, match="is not binary"):
         load(wide_model(), "1bit")
-
-

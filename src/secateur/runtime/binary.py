@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -57,10 +58,14 @@ class BinaryAffine:
         """(out, in)."""
         return len(self.words), self.inputs
 
+    @cached_property
+    def signs(self) -> Tensor:
+        """±1, (out, in)."""
+        return unpacked(self.words, self.inputs).float().mul_(2).sub_(1)
+
     def __call__(self, x: Tensor) -> Tensor:
         """The map by a float product of whole numbers, which is exact."""
-        signs = unpacked(self.words, self.inputs).float().mul_(2).sub_(1)
-        product = functional.linear(self.rounding(x), signs) * self.scale
+        product = functional.linear(self.rounding(x), self.signs) * self.scale
         return product if self.bias is None else product + self.bias
 
 

@@ -124,6 +124,20 @@ SEC_INLINE vf inverse_of(vf a) {  // to 14 bits, which is more than bfloat16 kee
 
 // e^x by 2^n 2^f with a polynomial in f; relative error below 3e-7, 0 below -87.
 SEC_INLINE vf exponential(vf x) {
+#ifdef __AVX512F__
+    const vf whole_part = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
+    vf rest = x - whole_part * 0.693359375f;
+    rest = rest + whole_part * 2.12194440e-4f;
+    vf q = splat(1.9875691500e-4f);
+    q = q * rest + 1.3981999507e-3f;
+    q = q * rest + 8.3334519073e-3f;
+    q = q * rest + 4.1665795894e-2f;
+    q = q * rest + 1.6666665459e-1f;
+    q = q * rest + 5.0000001201e-1f;
+    q = q * rest * rest + rest + 1.0f;
+    const __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+    return (vf)_mm512_maskz_scalef_ps(there, (__m512)q, (__m512)whole_part);
+#endif
     vf inside = smaller(larger(x, splat(-87.0f)), splat(88.0f));
     vf n = nearest(inside * 1.44269504f);
     vf f = inside - n * 0.693359375f;
@@ -670,29 +684,34 @@ struct AttentionRun {
     template <class Level>
     float softmax_levels(float* row, Level* into, float* held, int tokens, int padded, int h, int first, int query) const {
         const Levels& how = what.levels->probabilities;
-        for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * what.levels->scores);
-        place(row, tokens, padded, h, first, query);
+        const float scale = what.levels->scores, most = (float)how.high;
+        if (what.relative != nullptr || tokens < padded) {
+            for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scale);
+            place(row, tokens, padded, h, first, query);
+        }
+        const float rest = what.relative != nullptr || tokens < padded ? 1.0f : scale;  // still to be multiplied by
         vf high = splat(-INFINITY);
-        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
+        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j) * rest);
         const float top = highest(high);
         vf sum = {};
         for (int j = 0; j < padded; j += LANES) {
-            const vf found = exponential(load(row + j) - top);
+            const vf found = exponential(apart(load(row + j) * rest) - top);
             store(held + j, found);
             sum += found;
         }
         const float factor = 1.0f / (total(sum) * how.alpha);
         vf unsure = splat(-1.0f);
         for (int j = 0; j < padded; j += LANES) {
-            const vf u = smaller(load(held + j) * factor, splat((float)how.high + 1)), t = u + 0.5f;
-            unsure = larger(unsure, u * 2e-5f + 1e-6f - absolute(t - nearest(t)));
-            store(held + j, smaller(t, splat((float)how.high)));
+            const vf u = smaller(load(held + j) * factor, splat(most + 1)), t = u + 0.5f;
+            unsure = larger(unsure, u * 3e-6f + 1e-6f - absolute(t - nearest(t)));
+            const vf level = __builtin_convertvector(__builtin_convertvector(smaller(t, splat(most)), vi), vf);
+            store(sizeof(Level) == 2 ? into + j : (Level*)held + j, level);
         }
-        if (highest(unsure) < 0) {
-            for (int j = 0; j < padded; j += LANES)
-                store(into + j, __builtin_convertvector(__builtin_convertvector(load(held + j), vi), vf));
+        if (!any_positive(unsure)) {
+            if (sizeof(Level) == 4) memcpy(into, held, (size_t)padded * sizeof(float));
             return what.levels->context;
         }
+        for (int j = 0; j < tokens; j++) row[j] *= rest;
         double all = 0;
         for (int j = 0; j < tokens; j++) all += exp((double)row[j] - (double)top);
         for (int j = 0; j < tokens; j++) {
