@@ -46,7 +46,13 @@ class _Layer(ctypes.Structure):
         ("scaling", ctypes.c_float),
         ("relative", ctypes.c_void_p),
         *((name, _Map) for name in ("qkv", "out", "up", "down")),
-        *((name, _Norm) for name in ("after_attention", "after_feed_forward")),
+        *(
+            (name, _Norm)
+            for name in ("after_attention", "after_feed_forward", "before_attention", "before_feed_forward")
+        ),
+        ("gate", _Map),
+        ("rotary", ctypes.c_void_p),
+        ("window", ctypes.c_int32),
     ]
 
 
@@ -59,7 +65,10 @@ class _Tables(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("hidden", "layers", "activation", "precision", "tier", "reach")]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("hidden", "layers", "activation", "precision", "tier", "reach")),
+        ("last", _Norm),
+    ]
 
 
 class NativeEncoder:
@@ -79,6 +88,7 @@ class NativeEncoder:
             get_args(Precision).index(precision),
             -1 if tier is None else TIERS.index(tier),
             next((each.relative.shape[1] // 2 for each in plan.layers if each.relative is not None), 0),
+            _norm(plan.last, plan.epsilon),
         )
         layers = (_Layer * max(len(plan.layers), 1))(*(_packed(layer, plan.epsilon) for layer in plan.layers))
         why = ctypes.create_string_buffer(200)
@@ -90,12 +100,13 @@ class NativeEncoder:
             )
         types = plan.types
         self._plan = replace(plan, layers=())  # whose tables are read; the layers are packed
+        self._rotary = [layer.rotary for layer in plan.layers]  # but for these, which are read too
         self._tables = _Tables(
             plan.words.data_ptr(),
-            plan.positions.data_ptr(),
+            None if plan.positions is None else plan.positions.data_ptr(),
             None if types is None else types.data_ptr(),
             len(plan.words),
-            len(plan.positions),
+            plan.longest + plan.offset,
             0 if types is None else len(types),
             plan.words.shape[1],
             plan.offset,
@@ -171,7 +182,18 @@ def _packed(layer: LayerPlan, epsilon: float) -> _Layer:
         width**-0.5 if width else 0.0,
         None if layer.relative is None else layer.relative.data_ptr(),
         *(_map(each) for each in (layer.qkv, layer.out, layer.up, layer.down)),
-        *(_norm(each, epsilon) for each in (layer.after_attention, layer.after_feed_forward)),
+        *(
+            _norm(each, epsilon)
+            for each in (
+                layer.after_attention,
+                layer.after_feed_forward,
+                layer.before_attention,
+                layer.before_feed_forward,
+            )
+        ),
+        _map(layer.gate),
+        None if layer.rotary is None else layer.rotary.data_ptr(),
+        -1 if layer.window is None else layer.window,
     )
 
 

@@ -64,7 +64,12 @@ class TorchEncoder:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        maps = [m for layer in plan.layers for m in (layer.qkv, layer.out, layer.up, layer.down) if m is not None]
+        maps = [
+            m
+            for layer in plan.layers
+            for m in (layer.qkv, layer.out, layer.up, layer.gate, layer.down)
+            if m is not None
+        ]
         self.bytes = sum(m.weight.nbytes for m in maps)
 
     def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int) -> Tensor:
@@ -72,15 +77,13 @@ class TorchEncoder:
         hidden = projected(self.plan, self._embedded(ids, starts, types))
         lengths = starts.diff().tolist()
         for layer in self.plan.layers:
-            if layer.out is not None and layer.after_attention is not None:
-                added = _mapped(self._context(layer, hidden, lengths), layer.out)
-                self._settle(hidden, added, layer.after_attention)
-            if layer.down is not None and layer.after_feed_forward is not None:
-                inner = _mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
-                self._settle(
-                    hidden, _mapped(_activated(inner, self.plan.activation), layer.down), layer.after_feed_forward
-                )
-        return hidden
+            if layer.out is not None:
+                context = self._context(layer, self._normed(hidden, layer.before_attention), lengths)
+                self._settle(hidden, _mapped(context, layer.out), layer.after_attention)
+            if layer.down is not None:
+                inner = self._inner(layer, self._normed(hidden, layer.before_feed_forward))
+                self._settle(hidden, _mapped(inner, layer.down), layer.after_feed_forward)
+        return self._normed(hidden, self.plan.last)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -99,10 +102,11 @@ class TorchEncoder:
                 raise out_of_range(plan, number)
         first = starts[:-1].repeat_interleave(lengths)
         found = functional.embedding(ids, plan.words)
-        found += functional.embedding(torch.arange(len(ids)) - first + plan.offset, plan.positions)
+        if plan.positions is not None:
+            found += functional.embedding(torch.arange(len(ids)) - first + plan.offset, plan.positions)
         if plan.types is not None:
             found += plan.types[0] if types is None else functional.embedding(types, plan.types)
-        return functional.layer_norm(found, found.shape[-1:], plan.norm.weight, plan.norm.bias, plan.epsilon)
+        return self._normed(found, plan.norm)
 
     def _context(self, layer: LayerPlan, hidden: Tensor, lengths: list[int]) -> Tensor:
         if layer.qkv is None:
@@ -110,23 +114,46 @@ class TorchEncoder:
         qkv = _mapped(hidden, layer.qkv).view(len(hidden), 3, layer.heads, layer.width)
         parts = [part.permute(1, 2, 0, 3) for part in qkv.split(lengths)]
         found = [
-            functional.scaled_dot_product_attention(q[None], k[None], v[None], _bias(layer, q.shape[1]))[0]
+            functional.scaled_dot_product_attention(
+                _turned(layer, q)[None], _turned(layer, k)[None], v[None], _bias(layer, q.shape[1])
+            )[0]
             for q, k, v in parts
         ]
         return torch.cat([part.transpose(0, 1).flatten(1) for part in found])
 
-    def _settle(self, hidden: Tensor, added: Tensor, norm: Affine) -> None:
-        hidden.copy_(
-            functional.layer_norm(hidden + added, hidden.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
-        )
+    def _inner(self, layer: LayerPlan, x: Tensor) -> Tensor:
+        """What a feed-forward block's last map reads, (tokens, neurons)."""
+        if layer.up is None:
+            return x[:, :0]
+        inner = _activated(_mapped(x, layer.up), self.plan.activation)
+        return inner if layer.gate is None else inner * _mapped(x, layer.gate)
+
+    def _settle(self, hidden: Tensor, added: Tensor, norm: Affine | None) -> None:
+        hidden.copy_(self._normed(hidden + added, norm))
+
+    def _normed(self, x: Tensor, norm: Affine | None) -> Tensor:
+        if norm is None:
+            return x
+        return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
 
 
 def _bias(layer: LayerPlan, tokens: int) -> Tensor | None:
-    """What is added to scores, (1, heads, queries, keys)."""
-    if layer.relative is None:
+    """What is added to scores, (1, heads or 1, queries, keys)."""
+    if layer.relative is None and layer.window is None:
         return None
     place = torch.arange(tokens)
-    return layer.relative[:, place[None] - place[:, None] + layer.relative.shape[1] // 2][None]
+    apart = place[None] - place[:, None]
+    found = torch.zeros(1, 1) if layer.relative is None else layer.relative[:, apart + layer.relative.shape[1] // 2]
+    return (found if layer.window is None else found.masked_fill(apart.abs() > layer.window, -torch.inf))[None]
+
+
+def _turned(layer: LayerPlan, x: Tensor) -> Tensor:
+    """Queries or keys (heads, tokens, width), turned by the angles of their places."""
+    if layer.rotary is None:
+        return x
+    cosines, sines = layer.rotary[: x.shape[1]].chunk(2, dim=-1)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cosines - high * sines, high * cosines + low * sines], dim=-1)
 
 
 def _mapped(x: Tensor, affine: Affine) -> Tensor:

@@ -256,8 +256,9 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
     const AttentionRun<uint16_t> run{qkv, to, what};
     for (int i = 0; i < tokens; i += 16) {
         const int count = least(16, tokens - i);
+        const Keys seen = run.seen_by(first, tokens, i, count, 32);
         const uint16_t* query = queries + (size_t)i * stride;  // rows behind the last token are read and not used
-        for (int j = 0; j < padded; j += 16) {
+        for (int j = seen.begin; j < seen.padded; j += 16) {
             _tile_zero(0);
             for (int part = 0; part < parts; part++) {
                 _tile_loadd(4, query + part * 32, stride * 2);
@@ -270,12 +271,12 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
         float inverse[16];
         for (int r = 0; r < count; r++) {
             const size_t at = (size_t)r * padded;
-            inverse[r] = run.softmax_short(scores + at, probabilities + at, tokens, padded, h, i + r);
+            inverse[r] = run.softmax_short(scores + at, probabilities + at, seen, h, i + r);
         }
         settle();
         for (int c = 0; c < width / 16; c++) {
             _tile_zero(0);
-            for (int j = 0; j < padded; j += 32) {
+            for (int j = seen.begin; j < seen.padded; j += 32) {
                 _tile_loadd(4, probabilities + j, (long)padded * 2);
                 _tile_loadd(6, paired + ((size_t)(j / 32) * (width / 16) + c) * 256, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -307,6 +308,7 @@ static void attention(Rows qkv, const Attention& what, Rows to, int threads) {
 }  // namespace
 
 const Kernels amx_kernels = {"amx",   attention_scratch, generic_packed_bytes, pack,
-                             prepare, product,           attention,            generic_add_norm};
+                             prepare, product,           attention,            generic_add_norm,
+                             generic_add, generic_norm,  generic_rotate,       generic_multiply};
 
 }  // namespace secateur

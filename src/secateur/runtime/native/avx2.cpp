@@ -47,6 +47,7 @@ static void int8_product(const void* input, const float* scale, int rows, const 
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2",          generic_attention_scratch, generic_packed_bytes, generic_pack,
-                              generic_prepare, product,                   generic_attention,    generic_add_norm};
+                              generic_prepare, product,                   generic_attention,    generic_add_norm,
+                              generic_add, generic_norm, generic_rotate, generic_multiply};
 
 }  // namespace secateur

@@ -58,6 +58,7 @@ static void int8_product(const void* input, const float* scale, int rows, const 
 }  // namespace
 
 const Kernels avx512_kernels = {"avx512", generic_attention_scratch, generic_packed_bytes, generic_pack,
-                                prepare,  product,                   generic_attention,    generic_add_norm};
+                                prepare,  product,                   generic_attention,    generic_add_norm,
+                                generic_add, generic_norm, generic_rotate, generic_multiply};
 
 }  // namespace secateur

@@ -108,13 +108,15 @@ struct Layer {
     Map qkv, out, up, down;
     Norm after_attention, after_feed_forward;
     std::vector<float> relative;
+    Norm before_attention, before_feed_forward;
+    Map gate;
 };
 
 // What one pass needs; kept for the next one.
 struct Workspace {
     size_t tokens = 0, longest = 0;
     int threads = 0;
-    Memory input, scale, wide, context, narrow, scratch;
+    Memory input, scale, wide, context, narrow, scratch, normed;
 };
 
 }  // namespace
@@ -140,6 +142,8 @@ struct sec_encoder {
     size_t left = 0;
     int64_t bytes = 0;
     int widest = 0, deepest = 0, widest_context = 0, widest_head = 0;
+    Norm last;
+    bool norms_before = false;
     std::mutex lock;
     std::vector<std::unique_ptr<Workspace>> spare;
 
@@ -190,19 +194,23 @@ struct sec_encoder {
     }
 
     void add(const sec_layer& given) {
-        Layer layer{given, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {}};
+        Layer layer{given, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {},
+                    norm_of(given.before_attention), norm_of(given.before_feed_forward), {}};
         if (!given.skip_attention) {
             if (given.heads > 0) layer.qkv = packed(given.qkv);
             layer.out = packed(given.out);
         }
         if (!given.skip_feed_forward) {
             if (given.neurons > 0) layer.up = packed(given.up);
+            if (given.neurons > 0 && given.gate.weight != nullptr) layer.gate = packed(given.gate);
             layer.down = packed(given.down);
+            widest = most(widest, layer.up.wide + layer.gate.wide);
         }
         if (given.relative != nullptr)
             layer.relative.assign(given.relative, given.relative + (size_t)given.heads * (2 * config.reach + 1));
         widest_context = most(widest_context, up_to(given.heads * given.head_width, 16));
         widest_head = most(widest_head, given.head_width);
+        norms_before |= !layer.before_attention.gain.empty() || !layer.before_feed_forward.gain.empty();
         layers.push_back(std::move(layer));
     }
 
@@ -226,6 +234,7 @@ struct sec_encoder {
         fresh.context = allocate(rows * widest_context * entry());
         fresh.narrow = allocate(rows * up_to(config.hidden, WIDE) * entry());
         fresh.scratch = allocate(each * threads * sizeof(float));
+        if (norms_before) fresh.normed = allocate(rows * config.hidden * sizeof(float));
         *found = std::move(fresh);
         return found;
     }
@@ -240,7 +249,14 @@ struct sec_encoder {
             kernels->prepare(precision(), from, rows, map, input, scale, threads);
             kernels->product(precision(), input, scale, rows, map, activation, to, threads);
         };
+        auto before = [&](const Norm& norm) {  // what a block reads of the stream
+            if (norm.gain.empty()) return stream;
+            float* to = (float*)work.normed.get();
+            kernels->norm(x, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, to, threads);
+            return Rows{to, hidden, false};
+        };
         auto settle = [&](const Norm& norm, const Rows* y, const float* bias) {
+            if (norm.gain.empty()) return kernels->add(x, y, bias, rows, hidden, threads);
             kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, threads);
         };
         for (const Layer& layer : layers) {
@@ -251,8 +267,9 @@ struct sec_encoder {
                 const size_t each = kernels->attention_scratch(given.head_width, (int)work.longest);
                 const Attention what{given.heads, given.head_width, examples, config.reach, given.scaling,
                                      layer.relative.empty() ? nullptr : layer.relative.data(), starts,
-                                     (float*)work.scratch.get(), each};
-                through(layer.qkv, stream, NONE, qkv);
+                                     (float*)work.scratch.get(), each, nullptr, given.rotary, given.window};
+                through(layer.qkv, before(layer.before_attention), NONE, qkv);
+                if (given.rotary != nullptr) kernels->rotate(qkv, what, threads);
                 kernels->attention(qkv, what, context, threads);
                 through(layer.out, context, NONE, narrow);
                 settle(layer.after_attention, &narrow, nullptr);
@@ -260,14 +277,20 @@ struct sec_encoder {
                 settle(layer.after_attention, nullptr, layer.out.bias);
             }
             if (!given.skip_feed_forward && given.neurons > 0) {
-                const Rows neurons{work.wide.get(), layer.up.wide, half()};
-                through(layer.up, stream, (Activation)config.activation, neurons);
+                const Rows neurons{work.wide.get(), layer.up.wide + layer.gate.wide, half()};
+                through(layer.up, before(layer.before_feed_forward), (Activation)config.activation, neurons);
+                if (layer.gate.wide > 0) {  // reads what the other map reads, beside which its results are put
+                    const Rows gates{(char*)neurons.data + layer.up.wide * entry(), neurons.stride, half()};
+                    kernels->product(precision(), input, scale, rows, layer.gate, NONE, gates, threads);
+                    kernels->multiply(neurons, gates, rows, given.neurons, threads);
+                }
                 through(layer.down, neurons, NONE, narrow);
                 settle(layer.after_feed_forward, &narrow, nullptr);
             } else if (!given.skip_feed_forward) {
                 settle(layer.after_feed_forward, nullptr, layer.down.bias);
             }
         }
+        if (!last.gain.empty()) settle(last, nullptr, nullptr);
     }
 };
 
@@ -280,7 +303,9 @@ static bool fits(const sec_config& config, const sec_layer& layer) {
     const bool inner = layer.skip_feed_forward ||
                        (is(layer.down, config.hidden, layer.neurons) &&
                         (layer.neurons == 0 || is(layer.up, layer.neurons, config.hidden)));
-    return attention && inner;
+    const bool gated = layer.gate.weight == nullptr || is(layer.gate, layer.neurons, config.hidden);
+    const bool turned = layer.rotary == nullptr || layer.head_width % 2 == 0;
+    return attention && inner && gated && turned;
 }
 
 extern "C" {
@@ -307,6 +332,7 @@ sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* w
         made->tier = config->tier < 0 ? sec_best_tier() : config->tier;
         made->kernels = &kernels_of(made->tier);
         for (int i = 0; i < config->layers; i++) made->add(layers[i]);
+        made->last = made->norm_of(config->last);
         return made.release();
     } catch (const std::bad_alloc&) {
         return refuse("not enough memory");
@@ -327,8 +353,11 @@ int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const in
             if (ids[t] < 0 || ids[t] >= tables->vocabulary) return 1;
             float* row = x + (size_t)t * width;
             const float* word = tables->words + (size_t)ids[t] * width;
-            const float* place = tables->positions + (size_t)(t - starts[i] + tables->offset) * width;
-            for (int k = 0; k < width; k++) row[k] = word[k] + place[k];
+            memcpy(row, word, width * sizeof(float));
+            if (tables->positions != nullptr) {
+                const float* place = tables->positions + (size_t)(t - starts[i] + tables->offset) * width;
+                for (int k = 0; k < width; k++) row[k] += place[k];
+            }
             if (tables->types == nullptr) continue;
             const int64_t kind = types == nullptr ? 0 : types[t];
             if (kind < 0 || kind >= tables->kinds) return 3;

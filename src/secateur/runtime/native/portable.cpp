@@ -32,6 +32,7 @@ static void int8_product(const void* input, const float* scale, int rows, const 
 }  // namespace
 
 const Kernels portable_kernels = {"portable",       generic_attention_scratch, generic_packed_bytes, pack,
-                                  generic_prepare,  product,                   generic_attention,    generic_add_norm};
+                                  generic_prepare,  product,                   generic_attention,    generic_add_norm,
+                                  generic_add, generic_norm, generic_rotate, generic_multiply};
 
 }  // namespace secateur
