@@ -62,6 +62,10 @@ class _Layer(ctypes.Structure):
         ("operands", _Levels * 3),
         ("probabilities", _Levels),
         *((name, ctypes.c_float) for name in ("scores", "context")),
+        *((name, _Norm) for name in ("before_attention", "before_feed_forward")),
+        ("gate", _Map),
+        ("rotary", ctypes.c_void_p),
+        ("window", ctypes.c_int32),
     ]
 
 
@@ -75,7 +79,10 @@ class _Tables(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("hidden", "layers", "activation", "precision", "tier", "reach")]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("hidden", "layers", "activation", "precision", "tier", "reach")),
+        ("last", _Norm),
+    ]
 
 
 class _Dropping(ctypes.Structure):
@@ -104,6 +111,7 @@ class NativeEncoder:
             get_args(Precision).index("fp32" if plan.binary else precision),
             -1 if tier is None else TIERS.index(tier),
             next((each.relative.shape[1] // 2 for each in plan.layers if each.relative is not None), 0),
+            _norm(plan.last, plan.epsilon),
         )
         layers = (_Layer * max(len(plan.layers), 1))(*(_packed(layer, plan.epsilon) for layer in plan.layers))
         why = ctypes.create_string_buffer(200)
@@ -115,14 +123,15 @@ class NativeEncoder:
             )
         types = plan.types
         self._plan = replace(plan, layers=())  # whose tables are read; the layers are packed
+        self._rotary = [layer.rotary for layer in plan.layers]  # but for these, which are read too
         self._tables = _Tables(
             plan.words.values.data_ptr(),
-            plan.positions.data_ptr(),
+            None if plan.positions is None else plan.positions.data_ptr(),
             None if types is None else types.data_ptr(),
             None if plan.words.scale is None else plan.words.scale.data_ptr(),
             _WORD_BITS[plan.words.values.dtype],
             len(plan.words),
-            len(plan.positions),
+            plan.longest + plan.offset,
             0 if types is None else len(types),
             plan.words.width,
             plan.offset,
@@ -189,7 +198,7 @@ def _dropping(plan: Plan, alpha: float) -> Any:
         int(edit.weighting == "value"),
         int(edit.diagonal),
         edit.beta,
-        int(not plan.head.first),
+        int(not plan.head.first or plan.head.mean),
     )
     return ctypes.byref(made)
 
@@ -225,6 +234,10 @@ def _packed(layer: LayerPlan, epsilon: float) -> _Layer:
         (_Map * 3)(*map(_map, layer.parts)),
         (_Levels * 3)(*map(_levels, operands)),
         *((_Levels(), 0.0, 0.0) if levels is None else (_levels(levels.probs), levels.factor(width), levels.context)),
+        *(_norm(each, epsilon) for each in (layer.before_attention, layer.before_feed_forward)),
+        _map(layer.gate),
+        None if layer.rotary is None else layer.rotary.data_ptr(),
+        -1 if layer.window is None else layer.window,
     )
 
 

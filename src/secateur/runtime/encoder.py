@@ -78,25 +78,21 @@ class TorchEncoder:
         plan = self.plan
         hidden = projected(plan, self._embedded(ids, starts, types))
         now = _pass(plan, starts, alpha)
-        if now is not None:
-            hidden = hidden.clone()  # states of tokens that go are kept, not written over
         for number, layer in enumerate(plan.layers):
             if now is not None:
                 now.enter(number)
-            if layer.out is not None and layer.after_attention is not None:
-                added = mapped(self._context(layer, hidden, _places(starts, now), now), layer.out)
-                hidden = self._settled(hidden, added, layer.after_attention)
+            if layer.out is not None:
+                context = self._context(layer, self._normed(hidden, layer.before_attention), _places(starts, now), now)
+                hidden = self._normed(hidden + mapped(context, layer.out), layer.after_attention)
             if now is not None:
                 now.choose()
                 hidden = now.shorten(hidden[None])[0]
-            if layer.down is not None and layer.after_feed_forward is not None:
-                inner = mapped(hidden, layer.up) if layer.up is not None else hidden[:, :0]
-                hidden = self._settled(
-                    hidden, mapped(_activated(inner, plan.activation), layer.down), layer.after_feed_forward
-                )
-        if now is None:
-            return hidden
-        return now.restore(hidden[None])[_real(starts)]
+            if layer.down is not None:
+                inner = self._inner(layer, self._normed(hidden, layer.before_feed_forward))
+                hidden = self._normed(hidden + mapped(inner, layer.down), layer.after_feed_forward)
+        if now is not None:
+            hidden = now.restore(hidden[None])[_real(starts)]
+        return self._normed(hidden, plan.last)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -115,10 +111,11 @@ class TorchEncoder:
                 raise out_of_range(plan, number)
         first = starts[:-1].repeat_interleave(lengths)
         found = plan.words(ids).clone()
-        found += functional.embedding(torch.arange(len(ids)) - first + plan.offset, plan.positions)
+        if plan.positions is not None:
+            found += functional.embedding(torch.arange(len(ids)) - first + plan.offset, plan.positions)
         if plan.types is not None:
             found += plan.types[0] if types is None else functional.embedding(types, plan.types)
-        return functional.layer_norm(found, found.shape[-1:], plan.norm.weight, plan.norm.bias, plan.epsilon)
+        return self._normed(found, plan.norm)
 
     def _context(self, layer: LayerPlan, hidden: Tensor, places: list[Tensor], now: Pass | None) -> Tensor:
         """What each token reads of its example; `places` of its tokens in the input."""
@@ -127,9 +124,9 @@ class TorchEncoder:
         parts = [mapped(hidden, each) for each in layer.parts or (layer.qkv,) if each is not None]
         qkv = torch.cat(parts, dim=1).view(len(hidden), 3, layer.heads, layer.width)
         contexts, scores = [], []
-        for (q, k, v), where in zip(
-            (p.permute(1, 2, 0, 3) for p in qkv.split([len(p) for p in places])), places, strict=True
-        ):
+        for part, where in zip(qkv.split([len(each) for each in places]), places, strict=True):
+            q, k, v = part.permute(1, 2, 0, 3)
+            q, k = _turned(layer, q, where), _turned(layer, k, where)
             bias = _bias(layer, where)
             attend = functional.scaled_dot_product_attention if layer.levels is None else layer.levels
             contexts.append(attend(q[None], k[None], v[None], bias)[0])
@@ -139,8 +136,17 @@ class TorchEncoder:
             now.observe(pad_sequence(scores, batch_first=True, padding_value=-torch.inf))
         return torch.cat([part.transpose(0, 1).flatten(1) for part in contexts])
 
-    def _settled(self, hidden: Tensor, added: Tensor, norm: Affine) -> Tensor:
-        return functional.layer_norm(hidden + added, hidden.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
+    def _inner(self, layer: LayerPlan, x: Tensor) -> Tensor:
+        """What a feed-forward block's last map reads, (tokens, neurons)."""
+        if layer.up is None:
+            return x[:, :0]
+        inner = _activated(mapped(x, layer.up), self.plan.activation)
+        return inner if layer.gate is None else inner * mapped(x, layer.gate)
+
+    def _normed(self, x: Tensor, norm: Affine | None) -> Tensor:
+        if norm is None:
+            return x
+        return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, self.plan.epsilon)
 
 
 def _pass(plan: Plan, starts: Tensor, alpha: float) -> Pass | None:
@@ -181,10 +187,21 @@ def _score(now: Pass, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> T
 
 
 def _bias(layer: LayerPlan, places: Tensor) -> Tensor | None:
-    """What is added to scores, (1, heads, queries, keys)."""
-    if layer.relative is None:
+    """What is added to scores, (1, heads or 1, queries, keys)."""
+    if layer.relative is None and layer.window is None:
         return None
-    return layer.relative[:, places[None] - places[:, None] + layer.relative.shape[1] // 2][None]
+    apart = places[None] - places[:, None]
+    found = torch.zeros(1, 1) if layer.relative is None else layer.relative[:, apart + layer.relative.shape[1] // 2]
+    return (found if layer.window is None else found.masked_fill(apart.abs() > layer.window, -torch.inf))[None]
+
+
+def _turned(layer: LayerPlan, x: Tensor, places: Tensor) -> Tensor:
+    """Queries or keys (heads, tokens, width), turned by the angles of their places."""
+    if layer.rotary is None:
+        return x
+    cosines, sines = layer.rotary[places].chunk(2, dim=-1)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cosines - high * sines, high * cosines + low * sines], dim=-1)
 
 
 def mapped(x: Tensor, affine: LinearMap) -> Tensor:

@@ -179,7 +179,7 @@ class Engine:
             raise InvalidData(f"{len(ids)} ids do not fit lengths that add up to {int(lengths.sum())}, or their types.")
         starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
         hidden = self.encoder.run(ids, starts, types, self.threads, self._alpha)
-        return _head(plan.head, hidden[starts[:-1].long()] if plan.head.first else hidden)
+        return _head(plan, _read(plan.head, hidden, starts))
 
     def info(self) -> dict[str, Any]:
         """What runs where: tier, precision, threads, speed-up, bytes of packed weights and of tables, layers left."""
@@ -249,10 +249,22 @@ def _whole(values: Tensor) -> Tensor:
     return values.to("cpu", torch.long).contiguous()
 
 
-def _head(head: Head, hidden: Tensor) -> Tensor:
+def _read(head: Head, hidden: Tensor, starts: Tensor) -> Tensor:
+    """The states that a head reads."""
+    if head.mean:
+        return torch.stack([part.mean(0) for part in hidden.split(starts.diff().tolist())])
+    return hidden[starts[:-1].long()] if head.first else hidden
+
+
+def _head(plan: Plan, hidden: Tensor) -> Tensor:
+    head = plan.head
     for number, each in enumerate(head.maps):
         if number:
             hidden = getattr(functional, head.activation)(hidden)
+            if head.norm is not None:
+                hidden = functional.layer_norm(
+                    hidden, hidden.shape[-1:], head.norm.weight, head.norm.bias, plan.epsilon
+                )
         hidden = mapped(hidden, each)
     return hidden
 

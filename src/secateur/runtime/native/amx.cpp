@@ -284,8 +284,9 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
     float *held = found + (size_t)16 * width, *paid = run.begin_scores(held + padded, padded);
     for (int i = 0; i < tokens; i += 16) {
         const int count = least(16, tokens - i);
+        const Keys seen = run.seen_by(first, tokens, i, count, 32);
         const uint16_t* query = queries + (size_t)i * stride;  // rows behind the last token are read and not used
-        for (int j = 0; j < padded; j += 16) {
+        for (int j = seen.begin; j < seen.padded; j += 16) {
             _tile_zero(0);
             for (int part = 0; part < parts; part++) {
                 _tile_loadd(4, query + part * 32, stride * 2);
@@ -300,14 +301,14 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
             const size_t at = (size_t)r * padded;
             float *row = scores + at;
             uint16_t* found_row = probabilities + at;
-            inverse[r] = what.levels != nullptr ? run.softmax_levels(row, found_row, held, tokens, padded, h, first, i + r)
-                                                : run.softmax_short(row, found_row, tokens, padded, h, first, i + r);
-            if (paid != nullptr) run.count_in(probabilities + at, inverse[r], tokens, i + r, paid);
+            inverse[r] = what.levels != nullptr ? run.softmax_levels(row, found_row, held, seen, h, i + r)
+                                                : run.softmax_short(row, found_row, seen, h, i + r);
+            if (paid != nullptr) run.count_in(found_row, inverse[r], seen, tokens, i + r, paid);
         }
         settle();
         for (int c = 0; c < width / 16; c++) {
             _tile_zero(0);
-            for (int j = 0; j < padded; j += 32) {
+            for (int j = seen.begin; j < seen.padded; j += 32) {
                 _tile_loadd(4, probabilities + j, (long)padded * 2);
                 _tile_loadd(6, paired + ((size_t)(j / 32) * (width / 16) + c) * 256, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -339,7 +340,9 @@ static void attention(Rows qkv, const Attention& what, Rows to, int threads) {
 
 }  // namespace
 
-const Kernels amx_kernels = {"amx",   true,    attention_scratch, generic_packed_bytes, pack, generic_pack_signs,
-                             prepare, product, attention, generic_add_norm};
+const Kernels amx_kernels = {
+    "amx", true, attention_scratch, generic_packed_bytes, pack, generic_pack_signs,
+    prepare, product, attention, generic_add_norm,
+    generic_add, generic_norm, generic_rotate, generic_multiply};
 
 }  // namespace secateur

@@ -48,7 +48,8 @@ static void byte_product(const void* input, const float* scale, int rows, const 
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2", false,           generic_attention_scratch, generic_packed_bytes, generic_pack,    generic_pack_signs,
-    generic_prepare, product, generic_attention,    generic_add_norm};
+    "avx2", false, generic_attention_scratch, generic_packed_bytes, generic_pack, generic_pack_signs,
+    generic_prepare, product, generic_attention, generic_add_norm,
+    generic_add, generic_norm, generic_rotate, generic_multiply};
 
 }  // namespace secateur

@@ -49,7 +49,8 @@ static void byte_product(const void* input, const float* scale, int rows, const 
 }  // namespace
 
 const Kernels avx512_kernels = {
-    "avx512", false,           generic_attention_scratch, generic_packed_bytes, generic_pack,    generic_pack_signs,
-    generic_prepare, product, generic_attention,    generic_add_norm};
+    "avx512", false, generic_attention_scratch, generic_packed_bytes, generic_pack, generic_pack_signs,
+    generic_prepare, product, generic_attention, generic_add_norm,
+    generic_add, generic_norm, generic_rotate, generic_multiply};
 
 }  // namespace secateur

@@ -112,13 +112,15 @@ struct Layer {
     AttentionLevels levels;
     Norm after_attention, after_feed_forward;
     std::vector<float> relative;
+    Norm before_attention, before_feed_forward;
+    Map gate;
 };
 
 // What one pass needs; kept for the next one.
 struct Workspace {
     size_t tokens = 0, longest = 0;
     int threads = 0;
-    Memory input, scale, wide, context, narrow, scratch, scores, last, panels, rounded;
+    Memory input, scale, wide, context, narrow, scratch, scores, last, panels, rounded, normed;
 };
 
 }  // namespace
@@ -145,6 +147,8 @@ struct sec_encoder {
     int64_t bytes = 0;
     bool spread = false;  // some map is binary
     int widest = 0, deepest = 0, widest_context = 0, widest_head = 0, most_heads = 0;
+    Norm last;
+    bool norms_before = false;
     std::mutex lock;
     std::vector<std::unique_ptr<Workspace>> spare;
 
@@ -224,7 +228,8 @@ struct sec_encoder {
     }
 
     void add(const sec_layer& given) {
-        Layer layer{given, {}, {}, {}, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {}};
+        Layer layer{given, {}, {}, {}, {}, {}, {}, {}, norm_of(given.after_attention), norm_of(given.after_feed_forward), {},
+                    norm_of(given.before_attention), norm_of(given.before_feed_forward), {}};
         if (!given.skip_attention) {
             if (given.heads > 0 && !given.split) layer.qkv = packed(given.qkv);
             for (int i = 0; i < 3 && given.heads > 0 && given.split; i++) layer.parts[i] = packed(given.parts[i]);
@@ -235,13 +240,16 @@ struct sec_encoder {
         }
         if (!given.skip_feed_forward) {
             if (given.neurons > 0) layer.up = packed(given.up);
+            if (given.neurons > 0 && given.gate.weight != nullptr) layer.gate = packed(given.gate);
             layer.down = packed(given.down);
+            widest = most(widest, layer.up.wide + layer.gate.wide);
         }
         if (given.relative != nullptr)
             layer.relative.assign(given.relative, given.relative + (size_t)given.heads * (2 * config.reach + 1));
         widest_context = most(widest_context, up_to(given.heads * given.head_width, 16));
         widest_head = most(widest_head, given.head_width);
         most_heads = most(most_heads, given.heads);
+        norms_before |= !layer.before_attention.gain.empty() || !layer.before_feed_forward.gain.empty();
         layers.push_back(std::move(layer));
     }
 
@@ -269,6 +277,7 @@ struct sec_encoder {
         fresh.scratch = allocate(each * threads * sizeof(float));
         fresh.scores = allocate(rows * most_heads * sizeof(float));
         fresh.last = allocate(rows * config.hidden * sizeof(float));
+        if (norms_before) fresh.normed = allocate(rows * config.hidden * sizeof(float));
         *found = std::move(fresh);
         return found;
     }
@@ -301,7 +310,7 @@ struct sec_encoder {
         Tokens tokens(starts, examples, dropping);
         void* input = work.input.get();
         float* scale = (float*)work.scale.get();
-        float* last = (float*)work.last.get();
+        float* states = (float*)work.last.get();
         const size_t bytes = (size_t)hidden * sizeof(float);
         const Rows stream{x, hidden, false};
         const Rows narrow{work.narrow.get(), up_to(hidden, WIDE), half()};
@@ -312,7 +321,14 @@ struct sec_encoder {
             kernels->prepare(map.precision, from, rows, map, input, scale, threads);
             multiply(map, input, activation, to);
         };
+        auto before = [&](const Norm& norm) {  // what a block reads of the stream
+            if (norm.gain.empty()) return stream;
+            float* to = (float*)work.normed.get();
+            kernels->norm(x, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, to, threads);
+            return Rows{to, hidden, false};
+        };
         auto settle = [&](const Norm& norm, const Rows* y, const float* bias) {
+            if (norm.gain.empty()) return kernels->add(x, y, bias, rows, hidden, threads);
             kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, threads);
         };
         for (int index = 0; index < (int)layers.size(); index++) {
@@ -325,21 +341,23 @@ struct sec_encoder {
             auto drop = [&] {
                 if (!tokens.choose(index, scores, given.heads, given_rows)) return;
                 if (every)
-                    for (const auto& [at, row] : tokens.gone) memcpy(last + row * hidden, x + at * hidden, bytes);
+                    for (const auto& [at, row] : tokens.gone) memcpy(states + row * hidden, x + at * hidden, bytes);
                 tokens.shorten(x, bytes);
                 if (attends && !every) tokens.shorten(context.data, context.stride * entry());
                 rows = tokens.count();
             };
             if (attends) {
-                const Rows qkv = operands(layer, stream, work, through);
+                const Rows qkv = operands(layer, before(layer.before_attention), work, through);
                 const size_t each = kernels->attention_scratch(given.head_width, (int)work.longest);
                 const Attention what{given.heads, given.head_width, examples, config.reach,
                                      given.rounded ? 1.0f : given.scaling,
                                      layer.relative.empty() ? nullptr : layer.relative.data(), tokens.starts.data(),
                                      (float*)work.scratch.get(), each,
-                                     dropping != nullptr ? tokens.places.data() : nullptr, scores, given_rows,
-                                     scores != nullptr ? dropping->queries : 0, scores != nullptr && dropping->by_value,
-                                     scores != nullptr && dropping->diagonal, given.rounded ? &layer.levels : nullptr};
+                                     dropping != nullptr ? tokens.places.data() : nullptr, given.rotary, given.window,
+                                     scores, given_rows, scores != nullptr ? dropping->queries : 0,
+                                     scores != nullptr && dropping->by_value, scores != nullptr && dropping->diagonal,
+                                     given.rounded ? &layer.levels : nullptr};
+                if (given.rotary != nullptr) kernels->rotate(qkv, what, threads);
                 kernels->attention(qkv, what, context, threads);
             }
             if (dropping != nullptr && !every) drop();
@@ -352,13 +370,19 @@ struct sec_encoder {
             if (every) drop();
             if (!given.skip_feed_forward && given.neurons > 0) {
                 const auto activation = (Activation)config.activation;
+                const Rows read = before(layer.before_feed_forward);
                 if (layer.down.precision == BINARY && layer.up.precision == BINARY && layer.down.in == layer.down.deep) {
                     const Rows rounded{work.rounded.get(), 0, false, nullptr, &layer.down};
-                    through(layer.up, stream, activation, rounded);
+                    through(layer.up, read, activation, rounded);
                     multiply(layer.down, rounded.data, NONE, narrow);
                 } else {
-                    const Rows neurons{work.wide.get(), layer.up.wide, half()};
-                    through(layer.up, stream, activation, neurons);
+                    const Rows neurons{work.wide.get(), layer.up.wide + layer.gate.wide, half()};
+                    through(layer.up, read, activation, neurons);
+                    if (layer.gate.wide > 0) {  // reads what the other map reads, beside which its results are put
+                        const Rows gates{(char*)neurons.data + layer.up.wide * entry(), neurons.stride, half()};
+                        multiply(layer.gate, input, NONE, gates);
+                        kernels->multiply(neurons, gates, rows, given.neurons, threads);
+                    }
                     through(layer.down, neurons, NONE, narrow);
                 }
                 settle(layer.after_feed_forward, &narrow, nullptr);
@@ -367,12 +391,14 @@ struct sec_encoder {
             }
         }
         if (every) {
-            for (int t = 0; t < rows; t++) memcpy(last + (size_t)tokens.rows[t] * hidden, x + (size_t)t * hidden, bytes);
-            memcpy(x, last, (size_t)given_rows * bytes);
+            for (int t = 0; t < rows; t++) memcpy(states + tokens.rows[t] * (size_t)hidden, x + (size_t)t * hidden, bytes);
+            memcpy(x, states, (size_t)given_rows * bytes);
         } else if (rows < given_rows) {  // first tokens back to where they were, the last example's first
             for (int i = examples - 1; i >= 0; i--)
                 memmove(x + (size_t)starts[i] * hidden, x + (size_t)tokens.starts[i] * hidden, bytes);
         }
+        rows = given_rows;
+        if (!last.gain.empty()) settle(last, nullptr, nullptr);
     }
 };
 
@@ -394,7 +420,9 @@ static bool fits(const sec_config& config, const sec_layer& layer) {
     const bool inner = layer.skip_feed_forward ||
                        (is(layer.down, config.hidden, layer.neurons) &&
                         (layer.neurons == 0 || is(layer.up, layer.neurons, config.hidden)));
-    return attention && inner;
+    const bool gated = layer.gate.weight == nullptr || is(layer.gate, layer.neurons, config.hidden);
+    const bool turned = layer.rotary == nullptr || layer.head_width % 2 == 0;
+    return attention && inner && gated && turned;
 }
 
 // A word's row.
@@ -443,6 +471,7 @@ sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* w
         made->tier = config->tier < 0 ? sec_best_tier() : config->tier;
         made->kernels = &kernels_of(made->tier);
         for (int i = 0; i < config->layers; i++) made->add(layers[i]);
+        made->last = made->norm_of(config->last);
         return made.release();
     } catch (const std::bad_alloc&) {
         return refuse("not enough memory");
@@ -463,8 +492,10 @@ int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const in
             if (ids[t] < 0 || ids[t] >= tables->vocabulary) return 1;
             float* row = x + (size_t)t * width;
             look_up(*tables, ids[t], row);
-            const float* place = tables->positions + (size_t)(t - starts[i] + tables->offset) * width;
-            for (int k = 0; k < width; k++) row[k] += place[k];
+            if (tables->positions != nullptr) {
+                const float* place = tables->positions + (size_t)(t - starts[i] + tables->offset) * width;
+                for (int k = 0; k < width; k++) row[k] += place[k];
+            }
             if (tables->types == nullptr) continue;
             const int64_t kind = types == nullptr ? 0 : types[t];
             if (kind < 0 || kind >= tables->kinds) return 3;

@@ -530,6 +530,12 @@ static void product(Precision precision, const void* input, const float* scale, 
 
 // --- attention -----------------------------------------------------------------------------------------------------
 
+// Keys of an example that some of its queries see: from `begin` to `end`, in whole vectors to `padded`.
+struct Keys {
+    int first;  // row of the example's first token
+    int begin, end, padded;
+};
+
 template <class Value>
 struct AttentionRun {
     Rows qkv, to;
@@ -549,10 +555,11 @@ struct AttentionRun {
             for (int j = tokens; j < padded; j++) turned[(size_t)d * padded + j] = 0;
         for (int i = 0; i < tokens; i += 4) {
             const int count = least(4, tokens - i);
+            const Keys seen = seen_by(first, tokens, i, count, 2 * LANES);
             for (int d = 0; d < width; d++)
                 for (int r = 0; r < 4; r++)
                     asked[4 * d + r] = one(queries + (size_t)(i + least(r, count - 1)) * qkv.stride + d) * what.scaling;
-            for (int j = 0; j < padded; j += 2 * LANES) {
+            for (int j = seen.begin; j < seen.padded; j += 2 * LANES) {
                 vf sums[4][2] = {};
                 for (int d = 0; d < width; d++) {
                     const float* key = turned + (size_t)d * padded + j;
@@ -570,14 +577,14 @@ struct AttentionRun {
             float inverse[4] = {};
             for (int r = 0; r < count; r++) {
                 float* row = rows + (size_t)r * padded;
-                inverse[r] = what.levels != nullptr ? softmax_levels(row, row, held, tokens, padded, h, first, i + r)
-                                                    : softmax(row, tokens, padded, h, first, i + r);
-                if (paid != nullptr) count_in(rows + (size_t)r * padded, inverse[r], tokens, i + r, paid);
+                inverse[r] = what.levels != nullptr ? softmax_levels(row, row, held, seen, h, i + r)
+                                                    : softmax(row, seen, h, i + r);
+                if (paid != nullptr) count_in(row, inverse[r], seen, tokens, i + r, paid);
             }
             for (int c = 0; c < width; c += 2 * LANES) {
                 const int next = c + LANES < width ? LANES : 0;  // the second half of the last columns may not be there
                 vf sums[4][2] = {};
-                for (int j = 0; j < tokens; j++) {
+                for (int j = seen.begin; j < seen.end; j++) {
                     const Value* value = values + (size_t)j * qkv.stride + c;
                     const vf low = load(value), high = load(value + next);  // may read on into the slack
                     SEC_UNROLL for (int r = 0; r < 4; r++) {
@@ -607,13 +614,13 @@ struct AttentionRun {
     // Adds a query's probabilities, which are still to be multiplied by `inverse`, if it is one that asks: all of a short
     // text, those at s n / queries of a long one.
     template <class Probability>
-    void count_in(const Probability* row, float inverse, int tokens, int query, float* paid) const {
+    void count_in(const Probability* row, float inverse, const Keys& seen, int tokens, int query, float* paid) const {
         const long asking = what.queries, n = tokens;
         if (n > SHORT * asking) {
             const long s = (query * asking + n - 1) / n;
             if (s >= asking || s * n / asking != query) return;
         }
-        for (int j = 0; j < tokens; j += LANES) store(paid + j, load(paid + j) + load(row + j) * inverse);
+        for (int j = seen.begin; j < seen.end; j += LANES) store(paid + j, load(paid + j) + load(row + j) * inverse);
         if (!what.diagonal) paid[query] -= one(row + query) * inverse;
     }
 
@@ -642,14 +649,38 @@ struct AttentionRun {
         for (int d = 0; d < left; d++) put(out + d, found[d]);
     }
 
-    // Exponentials in place, 0 behind the last token; the inverse of their sum. Scores are scaled already.
-    float softmax(float* row, int tokens, int padded, int h, int first, int query) const {
-        place(row, tokens, padded, h, first, query);
+    // What `count` queries from i on see, in steps of `step` keys.
+    Keys seen_by(int first, int tokens, int i, int count, int step) const {
+        if (what.window < 0) return {first, 0, tokens, up_to(tokens, step)};
+        const int begin = reaching(first, tokens, place_of(first, i) - what.window);
+        const int end = reaching(first, tokens, place_of(first, i + count - 1) + what.window + 1);
+        return {first, begin / step * step, end, up_to(end, step)};
+    }
+
+    int place_of(int first, int i) const { return what.places != nullptr ? what.places[first + i] : i; }
+
+    // The first of an example's tokens that is at a place or behind it.
+    int reaching(int first, int tokens, int place) const {
+        if (what.places == nullptr) return least(most(place, 0), tokens);
+        int low = 0;
+        for (int high = tokens; low < high;) {
+            const int middle = (low + high) / 2;
+            if (what.places[first + middle] < place)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        return low;
+    }
+
+    // Exponentials in place, 0 where a key is not seen; the inverse of their sum. Scores are scaled already.
+    float softmax(float* row, const Keys& seen, int h, int query) const {
+        place(row, seen, h, query);
         vf high = splat(-INFINITY);
-        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
+        for (int j = seen.begin; j < seen.padded; j += LANES) high = larger(high, load(row + j));
         const float top = highest(high);
         vf sum = {};
-        for (int j = 0; j < padded; j += LANES) {
+        for (int j = seen.begin; j < seen.padded; j += LANES) {
             const vf apart = load(row + j) - top;
             const vf found = sizeof(Value) == 2 ? power_short(larger(apart * LOG2_E, splat(-126.0f))) : exponential(apart);
             store(row + j, found);
@@ -659,19 +690,18 @@ struct AttentionRun {
     }
 
     // The same from scores that are not scaled yet, into bfloat16.
-    [[maybe_unused]] float softmax_short(float* row, uint16_t* into, int tokens, int padded, int h, int first,
-                                         int query) const {
+    [[maybe_unused]] float softmax_short(float* row, uint16_t* into, const Keys& seen, int h, int query) const {
         float scaling = what.scaling * LOG2_E;
         if (what.relative != nullptr) {
-            for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * what.scaling);
+            for (int j = seen.begin; j < seen.padded; j += LANES) store(row + j, load(row + j) * what.scaling);
             scaling = LOG2_E;
         }
-        place(row, tokens, padded, h, first, query);
+        place(row, seen, h, query);
         vf high = splat(-INFINITY);
-        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j));
+        for (int j = seen.begin; j < seen.padded; j += LANES) high = larger(high, load(row + j));
         const float top = highest(high) * scaling;
         vf sum = {};
-        for (int j = 0; j < padded; j += LANES) {
+        for (int j = seen.begin; j < seen.padded; j += LANES) {
             vf found = power_short(larger(load(row + j) * scaling - top, splat(-126.0f)));
             store(into + j, found);
             sum += found;
@@ -682,59 +712,62 @@ struct AttentionRun {
     // Levels of the probabilities, from whole scores; what the whole context is to be multiplied by. Where single
     // precision cannot tell which level is reached, the row is computed again in double.
     template <class Level>
-    float softmax_levels(float* row, Level* into, float* held, int tokens, int padded, int h, int first, int query) const {
+    float softmax_levels(float* row, Level* into, float* held, const Keys& seen, int h, int query) const {
         const Levels& how = what.levels->probabilities;
+        const int begin = seen.begin, padded = seen.padded;
         const float scale = what.levels->scores, most = (float)how.high;
-        if (what.relative != nullptr || tokens < padded) {
-            for (int j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scale);
-            place(row, tokens, padded, h, first, query);
-        }
-        const float rest = what.relative != nullptr || tokens < padded ? 1.0f : scale;  // still to be multiplied by
+        for (int j = begin; j < padded; j += LANES) store(row + j, load(row + j) * scale);
+        place(row, seen, h, query);
         vf high = splat(-INFINITY);
-        for (int j = 0; j < padded; j += LANES) high = larger(high, load(row + j) * rest);
+        for (int j = begin; j < padded; j += LANES) high = larger(high, load(row + j));
         const float top = highest(high);
         vf sum = {};
-        for (int j = 0; j < padded; j += LANES) {
-            const vf found = exponential(apart(load(row + j) * rest) - top);
+        for (int j = begin; j < padded; j += LANES) {
+            const vf found = exponential(load(row + j) - top);
             store(held + j, found);
             sum += found;
         }
         const float factor = 1.0f / (total(sum) * how.alpha);
         vf unsure = splat(-1.0f);
-        for (int j = 0; j < padded; j += LANES) {
+        for (int j = begin; j < padded; j += LANES) {
             const vf u = smaller(load(held + j) * factor, splat(most + 1)), t = u + 0.5f;
             unsure = larger(unsure, u * 3e-6f + 1e-6f - absolute(t - nearest(t)));
             const vf level = __builtin_convertvector(__builtin_convertvector(smaller(t, splat(most)), vi), vf);
             store(sizeof(Level) == 2 ? into + j : (Level*)held + j, level);
         }
         if (!any_positive(unsure)) {
-            if (sizeof(Level) == 4) memcpy(into, held, (size_t)padded * sizeof(float));
+            if (sizeof(Level) == 4) memcpy(into + begin, held + begin, (size_t)(padded - begin) * sizeof(float));
             return what.levels->context;
         }
-        for (int j = 0; j < tokens; j++) row[j] *= rest;
         double all = 0;
-        for (int j = 0; j < tokens; j++) all += exp((double)row[j] - (double)top);
-        for (int j = 0; j < tokens; j++) {
+        for (int j = begin; j < padded; j++) all += exp((double)row[j] - (double)top);
+        for (int j = begin; j < padded; j++) {
             const double u = exp((double)row[j] - (double)top) / all / (double)how.alpha;
             const double level = floor((u < how.high ? u : how.high) + 0.5);
             put(into + j, (float)(level < how.high ? level : how.high));
         }
-        for (int j = tokens; j < padded; j++) put(into + j, 0.0f);
         return what.levels->context;
     }
 
-    // Adds the relative positions' bias, and takes what is behind the last token out.
-    void place(float* row, int tokens, int padded, int h, int first, int query) const {
+    // Adds the relative positions' bias, and takes what is outside of the window or behind the last key out.
+    void place(float* row, const Keys& seen, int h, int query) const {
         if (what.relative != nullptr) {
             const float* bias = what.relative + (size_t)h * (2 * what.reach + 1);
-            const int32_t* at = what.places != nullptr ? what.places + first : nullptr;
-            for (int j = 0; j < tokens; j++) {
-                int apart = at != nullptr ? at[j] - at[query] : j - query;
+            const int here = place_of(seen.first, query);
+            for (int j = seen.begin; j < seen.end; j++) {
+                int apart = place_of(seen.first, j) - here;
                 apart = apart < -what.reach ? -what.reach : apart > what.reach ? what.reach : apart;
                 row[j] += bias[apart + what.reach];
             }
         }
-        for (int j = tokens; j < padded; j++) row[j] = -INFINITY;
+        if (what.window >= 0) {
+            const int here = place_of(seen.first, query);
+            const int begin = reaching(seen.first, seen.end, here - what.window);
+            const int end = reaching(seen.first, seen.end, here + what.window + 1);
+            for (int j = seen.begin; j < begin; j++) row[j] = -INFINITY;
+            for (int j = end; j < seen.end; j++) row[j] = -INFINITY;
+        }
+        for (int j = seen.end; j < seen.padded; j++) row[j] = -INFINITY;
     }
 };
 
@@ -759,7 +792,7 @@ static void generic_attention(Rows qkv, const Attention& what, Rows to, int thre
 
 template <class Value>
 SEC_INLINE void norm_row(float* x, const Value* y, const float* bias, int hidden, const float* gain, const float* shift,
-                         float epsilon) {
+                         float epsilon, float* to) {
     const int whole_part = hidden / LANES * LANES;
     vf sum = {};
     float rest = 0;
@@ -780,8 +813,8 @@ SEC_INLINE void norm_row(float* x, const Value* y, const float* bias, int hidden
     for (int k = whole_part; k < hidden; k++) rest += (x[k] - mean) * (x[k] - mean);
     const float inverse = 1.0f / sqrtf((total(squares) + rest) / hidden + epsilon);
     for (int k = 0; k < whole_part; k += LANES)
-        store(x + k, (load(x + k) - mean) * inverse * load(gain + k) + load(shift + k));
-    for (int k = whole_part; k < hidden; k++) x[k] = (x[k] - mean) * inverse * gain[k] + shift[k];
+        store(to + k, (load(x + k) - mean) * inverse * load(gain + k) + load(shift + k));
+    for (int k = whole_part; k < hidden; k++) to[k] = (x[k] - mean) * inverse * gain[k] + shift[k];
 }
 
 static void generic_add_norm(float* x, const Rows* y, const float* bias, int rows, int hidden, const float* gain,
@@ -790,10 +823,101 @@ static void generic_add_norm(float* x, const Rows* y, const float* bias, int row
     for (int m = 0; m < rows; m++) {
         float* row = x + (size_t)m * hidden;
         if (y != nullptr && y->half)
-            norm_row(row, (const uint16_t*)y->data + (size_t)m * y->stride, bias, hidden, gain, shift, epsilon);
+            norm_row(row, (const uint16_t*)y->data + (size_t)m * y->stride, bias, hidden, gain, shift, epsilon,
+                     row);
         else
-            norm_row(row, y ? (const float*)y->data + (size_t)m * y->stride : nullptr, bias, hidden, gain, shift, epsilon);
+            norm_row(row, y ? (const float*)y->data + (size_t)m * y->stride : nullptr, bias, hidden, gain, shift, epsilon,
+                     row);
     }
+}
+
+// --- what layers whose norms precede their blocks need besides ----------------------------------------------------
+
+static void generic_norm(float* x, int rows, int hidden, const float* gain, const float* shift, float epsilon, float* to,
+                         int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        const size_t at = (size_t)m * hidden;
+        norm_row<float>(x + at, nullptr, nullptr, hidden, gain, shift, epsilon, to + at);
+    }
+}
+
+template <class Value>
+SEC_INLINE void add_row(float* x, const Value* y, int hidden) {
+    int k = 0;
+    for (; k + LANES <= hidden; k += LANES) store(x + k, load(x + k) + load(y + k));
+    for (; k < hidden; k++) x[k] += one(y + k);
+}
+
+static void generic_add(float* x, const Rows* y, const float* bias, int rows, int hidden, int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        float* row = x + (size_t)m * hidden;
+        if (y == nullptr)
+            add_row(row, bias, hidden);
+        else if (y->half)
+            add_row(row, (const uint16_t*)y->data + (size_t)m * y->stride, hidden);
+        else
+            add_row(row, (const float*)y->data + (size_t)m * y->stride, hidden);
+    }
+}
+
+// Entry k and entry k + half turn by one angle.
+template <class Value>
+SEC_INLINE void rotate_head(Value* x, const float* cosines, const float* sines, int half) {
+    int k = 0;
+    for (; k + LANES <= half; k += LANES) {
+        const vf low = load(x + k), high = load(x + half + k), cosine = load(cosines + k), sine = load(sines + k);
+        store(x + k, low * cosine - high * sine);
+        store(x + half + k, high * cosine + low * sine);
+    }
+    for (; k < half; k++) {
+        const float low = one(x + k), high = one(x + half + k);
+        put(x + k, low * cosines[k] - high * sines[k]);
+        put(x + half + k, high * cosines[k] + low * sines[k]);
+    }
+}
+
+// The place of a row's token in its example.
+static int place_of_row(const Attention& what, int row) {
+    if (what.places != nullptr) return what.places[row];
+    int low = 0;
+    for (int high = what.examples; high - low > 1;) {
+        const int middle = (low + high) / 2;
+        (what.starts[middle] <= row ? low : high) = middle;
+    }
+    return row - what.starts[low];
+}
+
+template <class Value>
+static void rotate_rows(Rows qkv, const Attention& what, int threads) {
+    const int rows = what.starts[what.examples], half = what.width / 2;
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        const float* cosines = what.rotary + (size_t)place_of_row(what, m) * what.width;
+        Value* row = (Value*)qkv.data + (size_t)m * qkv.stride;
+        for (int h = 0; h < 2 * what.heads; h++) rotate_head(row + h * what.width, cosines, cosines + half, half);
+    }
+}
+
+static void generic_rotate(Rows qkv, const Attention& what, int threads) {
+    (qkv.half ? rotate_rows<uint16_t> : rotate_rows<float>)(qkv, what, threads);
+}
+
+template <class Value>
+static void multiply_rows(Rows x, Rows by, int rows, int count, int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        Value* row = (Value*)x.data + (size_t)m * x.stride;
+        const Value* factors = (const Value*)by.data + (size_t)m * by.stride;
+        int k = 0;
+        for (; k + LANES <= count; k += LANES) store(row + k, load(row + k) * load(factors + k));
+        for (; k < count; k++) put(row + k, one(row + k) * one(factors + k));
+    }
+}
+
+static void generic_multiply(Rows x, Rows by, int rows, int count, int threads) {
+    (x.half ? multiply_rows<uint16_t> : multiply_rows<float>)(x, by, rows, count, threads);
 }
 
 }  // namespace

@@ -63,7 +63,9 @@ struct Attention {
     const int32_t* starts;
     float* scratch;         // of every thread
     size_t scratch_each;    // floats
-    const int32_t* places;  // of each token within its example; one behind the other if null
+    const int32_t* places;  // of each token in its example, ascending; null: its index there
+    const float* rotary;    // places x width: cosines, then sines of half the width each; or null
+    int window;             // keys further away than this are not seen; -1: all are
     // How much attention each token gets, summed over the queries that score: heads x stride, or null.
     float* scores;
     int score_stride, queries;
@@ -88,6 +90,15 @@ struct Kernels {
     // x = norm(x + y), or x + bias where there is no y.
     void (*add_norm)(float* x, const Rows* y, const float* bias, int rows, int hidden, const float* gain,
                      const float* shift, float epsilon, int threads);
+    // x += y, or x += bias where there is no y.
+    void (*add)(float* x, const Rows* y, const float* bias, int rows, int hidden, int threads);
+    // to = norm(x).
+    void (*norm)(float* x, int rows, int hidden, const float* gain, const float* shift, float epsilon, float* to,
+                 int threads);
+    // Turns queries and keys by the angles of their places, in place.
+    void (*rotate)(Rows qkv, const Attention& what, int threads);
+    // x *= by, the first `count` entries of each row.
+    void (*multiply)(Rows x, Rows by, int rows, int count, int threads);
 };
 
 extern const Kernels portable_kernels;

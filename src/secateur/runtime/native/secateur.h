@@ -34,8 +34,9 @@ typedef struct {
     float epsilon;
 } sec_norm;
 
-// A layer whose norms follow the residual sums. A block that is skipped is the identity, its norm included; a block
-// without units still adds its output map's bias and is normalised.
+// A layer. Norms, where there are some, follow the residual sums, or precede the blocks and leave the stream as it is. A
+// block that is skipped is the identity, its norms included; a block without units still adds its output map's bias and
+// is normalised.
 typedef struct {
     int32_t heads, head_width, neurons;
     int32_t skip_attention, skip_feed_forward;
@@ -48,6 +49,11 @@ typedef struct {
     sec_map parts[3];
     sec_levels operands[3], probabilities;
     float scores, context;  // what whole products of queries and keys, and of probabilities and values, are multiplied by
+    sec_norm before_attention, before_feed_forward;
+    sec_map gate;         // neurons x hidden: activated neurons are multiplied by it
+    const float* rotary;  // longest x head_width: cosines, then sines by which queries and keys at a place are turned;
+                          // read while the encoder runs; or null
+    int32_t window;       // a query sees keys up to so many tokens away; -1: all
 } sec_layer;
 
 typedef struct {
@@ -56,15 +62,16 @@ typedef struct {
     int32_t precision;   // 0 fp32, 1 bf16, 2 int8
     int32_t tier;        // 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 AMX; -1 the best of this machine
     int32_t reach;       // of relative positions
+    sec_norm last;       // behind the layers, or no gain
 } sec_config;
 
-// Tables of embeddings, rows of `width`, and the norm of their sum. `types` may be null. Words are floats, or with a scale
-// for each row bytes or words of signs.
+// Tables of embeddings, rows of `width`, and the norm of their sum. `positions` and `types` may be null. Words are floats,
+// or with a scale for each row bytes or words of signs.
 typedef struct {
     const void* words;
     const float *positions, *types, *word_scale;
     int32_t word_bits;  // 32, 8 or 1
-    int32_t vocabulary, places, kinds;  // rows of each
+    int32_t vocabulary, places, kinds;  // rows of each, also where there is no table of positions
     int32_t width, offset;              // the first token's position
     sec_norm norm;
 } sec_tables;
