@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.bits.modules import is_binary
 from secateur.costs.inputs import dummy_inputs
 from secateur.costs.machine import fingerprint
 from secateur.costs.timers import sample, summarise
@@ -22,6 +23,7 @@ from secateur.hub import open_any, open_tokenizer
 from secateur.runtime import Engine, Precision, load
 from secateur.train import bf16_pays
 
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 ENGINES = ("torch", "native", *FORMATS)
 PARITY = 8
 """Examples on which logits are compared."""
@@ -40,7 +42,7 @@ def compare_engines(
 
     Args:
         source: a folder or a hub id of a classifier.
-        engines: of "torch" (float32, and bfloat16 where the hardware has it), "native" (fp32, bf16, int8), "onnx"
+        engines: of "torch" (float32, and bfloat16 where the hardware has it), "native" (fp32, bf16, int8, or the bits of a binary model), "onnx"
             (ONNX Runtime, fp32) and "openvino" (in the precision that it takes here by itself).
         batch: examples per pass.
         tokens: tokens per example.
@@ -91,7 +93,8 @@ def _runners(name: str, source: str | Path, model: PreTrainedModel, folder: Path
             found["torch bfloat16"] = lambda inputs: half(**inputs).logits
         return found
     if name == "native":
-        made = [load(model, each) for each in get_args(Precision)]
+        fit = (None,) if is_binary(model) else PRECISIONS
+        made = [load(model, each) for each in fit]
         return {f"native {engine.precision} ({engine.encoder.tier})": partial(_ragged, engine) for engine in made}
     words = open_tokenizer(source)
     file = export(model, folder / name, name, tokenizer=words) / FORMATS[name].file

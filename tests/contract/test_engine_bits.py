@@ -47,7 +47,7 @@ def check(model: Any, tier: str, lengths: list[int] = LENGTHS) -> None:
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("family", PLANNED)
+@pytest.mark.parametrize("family", [family for family in PLANNED if family != "modernbert"])
 def test_every_family(family: str, bits: int, tier: str) -> None:
     check(binary(tiny_model(family), bits), tier)
 

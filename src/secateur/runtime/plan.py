@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from secateur.bits.modules import BinaryLinear, is_binary
 from secateur.costs.tokens import TokenCosts
-from secateur.edits import Binarize, Bypass, DropTokens, Slice, Sparsify
+from secateur.edits import Binarize, DropTokens
 from secateur.edits.tokens import dial_of
 from secateur.errors import InvalidModel, UnsupportedModel
 from secateur.families import Site, sites
@@ -183,7 +183,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
             whose zeros are weights like any, binary, or eliminating tokens.
 
     Raises:
-        UnsupportedModel: another architecture, head, activation or edit, or maps that are no plain ones.
+        UnsupportedModel: another architecture, head or activation, or maps that are no plain ones.
         InvalidModel: weights that are not finite.
     """
     found = sites(model)
@@ -193,8 +193,6 @@ def plan_of(model: PreTrainedModel) -> Plan:
             f"The engine runs {', '.join(FAMILIES)}, not {name}: use the model itself, or export it."
         )
     edits = edits_of(model)
-    if other := [edit.type for edit in edits if not isinstance(edit, _EDITS)]:
-        raise UnsupportedModel(f"The engine does not run what the edit {other[0]} made: use the model itself.")
     for name_of, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise InvalidModel(f"{name_of} has values that are NaN or infinite: the weights are damaged.")
@@ -239,7 +237,6 @@ def plan_of(model: PreTrainedModel) -> Plan:
     )
 
 
-_EDITS = (Slice, Bypass, Sparsify, Binarize, DropTokens)
 _PLAIN = (nn.Linear, nn.LayerNorm, SparseLinear)
 _SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions count from behind the padding's
 _ACTIVATION = ("hidden_act", "activation", "hidden_activation")  # what configs call that of the feed-forward blocks

@@ -682,7 +682,8 @@ struct AttentionRun {
         vf sum = {};
         for (int j = seen.begin; j < seen.padded; j += LANES) {
             const vf apart = load(row + j) - top;
-            const vf found = sizeof(Value) == 2 ? power_short(larger(apart * LOG2_E, splat(-126.0f))) : exponential(apart);
+            vf found = sizeof(Value) == 2 ? power_short(larger(apart * LOG2_E, splat(-126.0f))) : exponential(apart);
+            if (what.window >= 0) found = apart < splat(-87.0f) ? vf{} : found;  // else sums begin as slow denormals
             store(row + j, found);
             sum += found;
         }
