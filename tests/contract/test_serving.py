@@ -20,12 +20,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification
 from typer.testing import CliRunner
 
+import secateur.api
 from secateur.cli import app as commands
+from secateur.edits.tokens import dial_of
 from secateur.errors import MissingExtra, SecateurError
 from secateur.runtime import Engine, load
 from secateur.serving import Service, Settings, deployment, make_app, serve
 from secateur.serving.app import BODY
 from secateur.serving.controller import Row
+from tests.contract.test_engine import alone, wide_model
+from tests.contract.test_engine_tokens import dialled
+from tests.contract.test_methods import tiny_tokenizer
 from tests.unit import tiny_text
 
 httpx = pytest.importorskip("httpx")
@@ -44,8 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Gated:
     """An engine that computes when it is let, and has a dial."""
-
-    reach = 3.0
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self.go, self.begun = engine, threading.Event(), threading.Semaphore(0)
@@ -163,17 +166,25 @@ def test_the_dial_follows_the_load(folder: Path, gated: Gated) -> None:
         assert "secateur_speedup 2.5" in client.get("/metrics").text
 
 
-def test_rows_beyond_reach_are_left_out(folder: Path, gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"speedup": k, "measured": k, "metrics": {"accuracy": 1 - k / 100}} for k in (1, 2, 3, 4)]
-    monkeypatch.setattr("secateur.serving.service.load", lambda *_, **__: gated)
-    (folder / "dial.json").write_text(json.dumps({"rows": rows}))
-    try:
-        for floor, wanted in ((None, [1, 2, 3]), (0.975, [1, 2])):
-            made = Service.open(folder, Settings(target_ms=50, floor=floor))
-            assert made.health()["speedups"] == wanted
-            made.batcher.drain()
-    finally:
-        (folder / "dial.json").unlink()
+def test_a_folder_with_a_dial(tmp_path: Path) -> None:
+    """Opened at 2: so it stays without a target; with one the table decides, and the model's logits are answered."""
+    model = dialled(wide_model(), tokens=32)
+    dial_of(model).speedup = 2.0
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    row = {"ids": [list(range(5, 50))]}
+    with Client(make_app(Service.open(tmp_path, Settings("fp32")))) as client:
+        (found,) = client.post("/predict", json=row).json()["predictions"]
+        assert found["speedup"] == client.get("/health").json()["speedup"] >= 2
+    with pytest.raises(SecateurError, match="run `secateur dial"):
+        Service.open(tmp_path, Settings(target_ms=50))
+    secateur.api.dial(tmp_path, speedups=[1, 2], seconds=0.05)
+    with Client(make_app(Service.open(tmp_path, Settings("fp32", target_ms=1e6)))) as client:
+        assert client.get("/health").json()["speedups"] == [1, 2]
+        (found,) = client.post("/predict", json=row).json()["predictions"]
+        dial_of(model).speedup = 1.0
+        assert found["logits"] == pytest.approx(alone(model, row["ids"])[0].tolist(), abs=1e-4)
+        assert found["speedup"] == 1
 
 
 def test_draining_answers_what_was_taken(folder: Path, gated: Gated) -> None:

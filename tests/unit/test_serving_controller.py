@@ -106,7 +106,7 @@ def test_it_comes_down_no_further_than_what_arrives_allows() -> None:
 
 
 def table(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    (folder / "dial.json").write_text(json.dumps({"rows": rows}))
+    (folder / "dial.json").write_text(json.dumps({"rows": rows, "setting": {"tokens": 32}}))
     return folder
 
 
@@ -115,22 +115,29 @@ def row(speedup: float, measured: float, **metrics: float) -> dict[str, Any]:
 
 
 def test_rows_of_a_table(tmp_path: Path) -> None:
-    assert rows_of(tmp_path) == [Row(1, 1)]
+    assert rows_of(tmp_path, None) == []
     rows = [row(1, 1, accuracy=0.9, f1=0.1), row(3, 2.5, accuracy=0.87), row(2, 1.8, accuracy=0.88)]
     table(tmp_path, rows)
-    assert rows_of(tmp_path) == [Row(1, 1), Row(2, 1.8), Row(3, 2.5)]
-    assert rows_of(tmp_path, 0.88) == [Row(1, 1), Row(2, 1.8)]
+    assert rows_of(tmp_path, 32) == [Row(1, 1), Row(2, 1.8), Row(3, 2.5)]
+    assert rows_of(tmp_path, 32, 0.88) == [Row(1, 1), Row(2, 1.8)]
     with pytest.raises(SecateurError, match=r"keeps the floor of 0.95: the best one has 0.9\."):
-        rows_of(tmp_path, 0.95)
+        rows_of(tmp_path, 32, 0.95)
+    with pytest.raises(SecateurError, match="counts at 32 tokens and the dial at 64: run .*, without --tokens"):
+        rows_of(tmp_path, 64)
 
 
 def test_tables_that_do_not_serve(tmp_path: Path) -> None:
-    with pytest.raises(SecateurError, match=rf"run `secateur dial {tmp_path} --task ...` first"):
-        rows_of(tmp_path, 0.88)
+    for tokens, floor in ((None, 0.88), (32, None)):
+        with pytest.raises(SecateurError, match=rf"run `secateur dial {tmp_path} --task ...` first"):
+            rows_of(tmp_path, tokens, floor)
     with pytest.raises(SecateurError, match="has none for some rows: run `secateur dial"):
-        rows_of(table(tmp_path, [row(1, 1), row(2, 1.8)]), 0.88)
-    assert len(rows_of(tmp_path)) == 2
-    for text, message in (("{", "is damaged"), ("[]", "is damaged"), ('{"rows": []}', "has no rows")):
+        rows_of(table(tmp_path, [row(1, 1), row(2, 1.8)]), 32, 0.88)
+    assert len(rows_of(tmp_path, 32)) == 2
+    for text, message in (
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"rows": [], "setting": {"tokens": 32}}', "has no rows"),
+    ):
         (tmp_path / "dial.json").write_text(text)
         with pytest.raises(SecateurError, match=message):
-            rows_of(tmp_path)
+            rows_of(tmp_path, 32)

@@ -19,7 +19,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a batch; all cores by default.")] = None,
     target_ms: Annotated[
         float | None,
-        typer.Option(help="Turn the latency dial so that 95 % of the answers take no longer; else it stays at 1."),
+        typer.Option(help="Turn the latency dial so that 95 % of the answers take no longer; else it stays as it is."),
     ] = None,
     floor: Annotated[
         float | None, typer.Option(help="Least metric, as in dial.json, that the dial may be turned to, such as 0.88.")

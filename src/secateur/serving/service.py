@@ -34,7 +34,7 @@ class Settings:
         precision: of products: "int8", "bf16" or "fp32".
         threads: of each batch; torch's if None.
         target_ms: what 95 % of the answers shall take at most, from the queue to the logits, by turning the dial; it
-            stays at 1 if None.
+            stays as the folder has it if None.
         floor: the least that the metric of the dial's table may be.
         max_tokens: of a batch.
         queue_tokens: that may wait.
@@ -92,6 +92,7 @@ class Service:
         self._reader = Reader(engine, settings.max_examples)
         self._pool = ThreadPoolExecutor(1, "secateur-reader")  # one: a tokenizer is not for several at a time
         self._reading = 0  # bytes
+        self._speedup = engine.speedup  # that was last asked for
 
     @classmethod
     def open(cls, folder: str | Path, settings: Settings | None = None) -> Service:
@@ -101,10 +102,15 @@ class Service:
             SecateurError: the folder cannot be run, or its dial cannot keep what is asked for.
         """
         chosen = settings or Settings()
-        dial = rows_of(folder, chosen.floor)
         engine = load(folder, chosen.precision, threads=chosen.threads)
-        if len(dial) > 1:
-            dial = [row for row in dial if row.speedup <= engine.reach] or dial[:1]
+        dial = [Row(engine.speedup, 1.0)]
+        if chosen.target_ms is not None:
+            dropping = engine.plan.dropping
+            dial = rows_of(folder, None if dropping is None else dropping.edit.tokens, chosen.floor) or dial
+            if dial[-1].speedup > engine.reach:
+                raise SecateurError(
+                    f"'{folder}' reaches {engine.reach:.3g}, its table {dial[-1].speedup:g}: run `secateur dial` again."
+                )
         return cls(engine, AutoConfig.from_pretrained(str(folder)), chosen, dial)
 
     async def predict(self, body: bytes) -> dict[str, Any]:
@@ -156,8 +162,8 @@ class Service:
         self.engine.close()
 
     def _run(self, examples: Sequence[Example], speedup: float) -> Sequence[Tensor]:
-        if len(self.dial) > 1:
-            self.engine.speedup = speedup
+        if speedup != self._speedup:
+            self.engine.speedup = self._speedup = speedup
         lengths = [len(example.ids) for example in examples]
         types = None
         if any(example.types is not None for example in examples):
