@@ -167,7 +167,7 @@ def test_the_dial_follows_the_load(folder: Path, gated: Gated) -> None:
 
 
 def test_a_folder_with_a_dial(tmp_path: Path) -> None:
-    """Opened at 2: so it stays without a target; with one the table decides, and the model's logits are answered."""
+    """Opened at 2: there it stays without a target; with one the table decides, and the model's logits are answered."""
     model = dialled(wide_model(), tokens=32)
     dial_of(model).speedup = 2.0
     model.save_pretrained(tmp_path)
@@ -180,7 +180,7 @@ def test_a_folder_with_a_dial(tmp_path: Path) -> None:
         Service.open(tmp_path, Settings(target_ms=50))
     secateur.api.dial(tmp_path, speedups=[1, 2], seconds=0.05)
     with Client(make_app(Service.open(tmp_path, Settings("fp32", target_ms=1e6)))) as client:
-        assert client.get("/health").json()["speedups"] == [1, 2]
+        assert client.get("/health").json()["speedups"] in ([1, 2], [1])  # without 2 if that was not measured faster
         (found,) = client.post("/predict", json=row).json()["predictions"]
         dial_of(model).speedup = 1.0
         assert found["logits"] == pytest.approx(alone(model, row["ids"])[0].tolist(), abs=1e-4)

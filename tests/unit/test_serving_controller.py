@@ -10,7 +10,7 @@ import pytest
 
 from secateur.errors import SecateurError
 from secateur.serving.controller import Controller, Row
-from secateur.serving.table import rows_of
+from secateur.serving.table import rows_of, speedups_of
 
 ROWS = [Row(1.0, 1.0), Row(2.0, 2.0), Row(4.0, 3.5)]
 
@@ -110,34 +110,34 @@ def table(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def row(speedup: float, measured: float, **metrics: float) -> dict[str, Any]:
-    return {"speedup": speedup, "measured": measured} | ({"metrics": metrics} if metrics else {})
+def row(speedup: float, **metrics: float) -> dict[str, Any]:
+    return {"speedup": speedup} | ({"metrics": metrics} if metrics else {})
 
 
-def test_rows_of_a_table(tmp_path: Path) -> None:
-    assert rows_of(tmp_path, None) == []
-    rows = [row(1, 1, accuracy=0.9, f1=0.1), row(3, 2.5, accuracy=0.87), row(2, 1.8, accuracy=0.88)]
-    table(tmp_path, rows)
-    assert rows_of(tmp_path, 32) == [Row(1, 1), Row(2, 1.8), Row(3, 2.5)]
-    assert rows_of(tmp_path, 32, 0.88) == [Row(1, 1), Row(2, 1.8)]
-    with pytest.raises(SecateurError, match=r"keeps the floor of 0.95: the best one has 0.9\."):
-        rows_of(tmp_path, 32, 0.95)
+def test_speedups_of_a_table(tmp_path: Path) -> None:
+    assert speedups_of(tmp_path, None) == []
+    table(tmp_path, [row(1, accuracy=0.9, f1=0.1), row(3, accuracy=0.87), row(2, accuracy=0.88), row(1.5)])
+    assert speedups_of(tmp_path, 32) == [1, 1.5, 2, 3]
+    assert speedups_of(tmp_path, 32, 0.88) == [1, 2]
+    with pytest.raises(SecateurError, match=r"keeps the floor of 0.95: the best has 0.9\."):
+        speedups_of(tmp_path, 32, 0.95)
     with pytest.raises(SecateurError, match="counts at 32 tokens and the dial at 64: run .*, without --tokens"):
-        rows_of(tmp_path, 64)
+        speedups_of(tmp_path, 64)
 
 
 def test_tables_that_do_not_serve(tmp_path: Path) -> None:
     for tokens, floor in ((None, 0.88), (32, None)):
         with pytest.raises(SecateurError, match=rf"run `secateur dial {tmp_path} --task ...` first"):
-            rows_of(tmp_path, tokens, floor)
-    with pytest.raises(SecateurError, match="has none for some rows: run `secateur dial"):
-        rows_of(table(tmp_path, [row(1, 1), row(2, 1.8)]), 32, 0.88)
-    assert len(rows_of(tmp_path, 32)) == 2
-    for text, message in (
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        ('{"rows": [], "setting": {"tokens": 32}}', "has no rows"),
-    ):
+            speedups_of(tmp_path, tokens, floor)
+    with pytest.raises(SecateurError, match="has none: run `secateur dial"):
+        speedups_of(table(tmp_path, [row(1), row(2)]), 32, 0.88)
+    for text in ("{", "[]", '{"rows": []}', '{"rows": [1], "setting": {"tokens": 32}}'):
         (tmp_path / "dial.json").write_text(text)
-        with pytest.raises(SecateurError, match=message):
-            rows_of(tmp_path, 32)
+        with pytest.raises(SecateurError, match="is damaged"):
+            speedups_of(tmp_path, 32)
+
+
+def test_rows_are_faster_and_faster() -> None:
+    """1.25 took longer than the first, 2 as long as 1.5."""
+    rows = rows_of([1, 1.25, 1.5, 2, 3], [4, 5, 2.5, 2.5, 2])
+    assert rows == [Row(1, 1), Row(1.5, 1.6), Row(3, 2)]

@@ -20,10 +20,12 @@ from secateur.serving.controller import Controller, Row
 from secateur.serving.metrics import Metrics
 from secateur.serving.reading import Reader, Writer
 from secateur.serving.refusals import Refused
-from secateur.serving.table import rows_of
+from secateur.serving.table import rows_of, speedups_of, timed
 
 READING = 4 << 20
 """Bytes of requests that may wait for the tokenizer."""
+TOKENS = 32
+"""Of the examples that a model without a dial is timed on."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,20 @@ class Service:
         """
         chosen = settings or Settings()
         engine = load(folder, chosen.precision, threads=chosen.threads)
-        dial = [Row(engine.speedup, 1.0)]
+        dropping, speedups = engine.plan.dropping, [engine.speedup]
+        length = dropping.edit.tokens if dropping else None
         if chosen.target_ms is not None:
-            dropping = engine.plan.dropping
-            dial = rows_of(folder, None if dropping is None else dropping.edit.tokens, chosen.floor) or dial
-            if dial[-1].speedup > engine.reach:
+            speedups = speedups_of(folder, length, chosen.floor) or speedups
+            if speedups[-1] > engine.reach:
                 raise SecateurError(
-                    f"'{folder}' reaches {engine.reach:.3g}, its table {dial[-1].speedup:g}: run `secateur dial` again."
+                    f"'{folder}' reaches {engine.reach:.3g}, its table {speedups[-1]:g}: run `secateur dial` again."
                 )
-        return cls(engine, AutoConfig.from_pretrained(str(folder)), chosen, dial)
+        tokens = min(length or TOKENS, engine.plan.longest)
+        examples = max(1, chosen.max_tokens // tokens)
+        seconds = timed(engine, speedups, examples, tokens)
+        made = cls(engine, AutoConfig.from_pretrained(str(folder)), chosen, rows_of(speedups, seconds))
+        made.batcher.controller.computed(examples * tokens, seconds[0])
+        return made
 
     async def predict(self, body: bytes) -> dict[str, Any]:
         """Answer a request.
