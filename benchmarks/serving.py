@@ -75,6 +75,8 @@ class Connections:
 
     async def post(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """Status and answer."""
+        while self.free and self.free[-1][0].at_eof():  # idle for too long
+            self.free.pop()[1].close()
         reader, writer = self.free.pop() if self.free else await asyncio.open_connection("127.0.0.1", self.port)
         head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
@@ -197,7 +199,8 @@ def main() -> None:
         most = asyncio.run(capacity(port, bodies, max(3, args.seconds / 3)))
     print(f"capacity: {most:.0f} requests of {args.texts} sentences per second")
     asked = {"texts": args.texts, "target ms": args.target_ms, "floor": args.floor, "serving threads": args.threads}
-    record = {**setting(), **asked, "capacity": round(most, 1), "in flight": args.in_flight, "rows": []}
+    record = {**setting(), **asked, "capacity": round(most, 1), "in flight": args.in_flight}
+    record |= {"generator": "on the same cores", "rows": []}
     with server(fixed + turned) as (port, pid):
         for name, share in PHASES.items():
             found = asyncio.run(phase(port, pid, bodies, share * most, args.seconds, args.in_flight))

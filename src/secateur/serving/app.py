@@ -60,11 +60,11 @@ def make_app(service: Service) -> Any:
 
     predict.__annotations__["request"] = fastapi.Request  # an optional package has no name to write there
 
-    def health() -> Any:
+    async def health() -> Any:
         found = service.health()
         return responses.JSONResponse(found, 200 if found["status"] == "ready" else 503)
 
-    def metrics() -> Any:
+    async def metrics() -> Any:
         return responses.Response(service.numbers(), media_type=CONTENT)
 
     app = fastapi.FastAPI(title="secateur", docs_url=None, redoc_url=None, lifespan=lifespan)  # its pages load scripts

@@ -15,6 +15,8 @@ from secateur.serving.service import Service, Settings
 
 SLOW = 30
 """Seconds that clients have at the end to read their answers."""
+IDLE = 75
+"""Seconds after which an idle connection is closed: later than proxies do, lest one sends into a closed one."""
 
 
 def serve(folder: str | Path, settings: Settings | None = None, *, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -46,11 +48,14 @@ def serve(folder: str | Path, settings: Settings | None = None, *, host: str = "
 async def _serve(service: Service, place: socket.socket) -> None:
     uvicorn = extra("uvicorn", "serve")
     config = uvicorn.Config(
-        make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=SLOW, lifespan="on"
+        make_app(service),
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=IDLE,
+        timeout_graceful_shutdown=SLOW,
     )
     server, loop, stop = uvicorn.Server(config), asyncio.get_running_loop(), asyncio.Event()
-    server.handle_exit = lambda *_: loop.call_soon_threadsafe(stop.set)
-
     listen = server.startup
 
     async def startup(**given: Any) -> None:
@@ -64,6 +69,7 @@ async def _serve(service: Service, place: socket.socket) -> None:
         server.should_exit = True
 
     server.startup = startup
+    server.handle_exit = lambda *_: loop.call_soon_threadsafe(stop.set)
     draining = asyncio.create_task(drain())
     await server.serve(sockets=[place])
     stop.set()

@@ -82,13 +82,14 @@ class Service:
     def __init__(self, engine: Engine, config: Any, settings: Settings, dial: Sequence[Row]) -> None:
         self.engine, self.settings, self.dial = engine, settings, dial
         self.metrics, self.writer = Metrics(), Writer(config)
+        wait = settings.max_wait_ms if settings.max_wait_ms is not None else settings.target_ms or 1000.0
         self.batcher = Batcher(
             self._run,
             Controller(dial, None if settings.target_ms is None else settings.target_ms / 1e3),
             self.metrics,
             batch_tokens=settings.max_tokens,
             queue_tokens=settings.queue_tokens,
-            most_wait=(settings.target_ms or 1e3 if settings.max_wait_ms is None else settings.max_wait_ms) / 1e3,
+            most_wait=wait / 1e3,
             linger=settings.linger_ms / 1e3,
         )
         self._reader = Reader(engine, settings.max_examples)
