@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from secateur.cli import app as commands
 from secateur.edits.tokens import dial_of
 from secateur.errors import MissingExtra, SecateurError
 from secateur.runtime import Engine, load
-from secateur.serving import Service, Settings, deployment, make_app, serve
-from secateur.serving.app import BODY
+from secateur.serving import Service, Settings, app, deployment, make_app, serve
 from secateur.serving.controller import Row
+from secateur.serving.refusals import Refused
 from tests.contract.test_engine import alone, wide_model
 from tests.contract.test_engine_tokens import dialled
 from tests.contract.test_methods import tiny_tokenizer
@@ -119,7 +120,7 @@ def test_regressors_and_classifiers_of_tokens(tmp_path: Path) -> None:
         (json.dumps({"texts": [5]}).encode(), 422, "texts, or pairs of them"),
         (json.dumps({"ids": [[99]]}).encode(), 422, "ids go from 0 to 19"),
         (json.dumps({"ids": [[5]] * 257}).encode(), 413, "257 examples are too many"),
-        (b" " * (BODY + 1), 413, "The body is too large: send 1024 KiB at most"),
+        (b" " * (app.BODY + 1), 413, "The body is too large: send 1024 KiB at most"),
     ],
 )
 def test_bad_requests_hurt_nobody_else(given: bytes, status: int, message: str, folder: Path) -> None:
@@ -208,6 +209,31 @@ def test_an_engine_that_fails_says_so(folder: Path, gated: Gated, monkeypatch: p
     with Client(make_app(service(gated, folder))) as client:
         found = client.post("/predict", json={"texts": TEXTS})
         assert (found.status_code, found.json()) == (500, {"error": "There is not enough memory for this batch."})
+
+
+def test_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stalled:
+        async def stream(self) -> AsyncIterator[bytes]:
+            yield b'{"texts'
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(app, "READ", 0.01)
+    with pytest.raises(Refused, match=r"did not come within 0.01 s") as error:
+        asyncio.run(app._body(Stalled()))
+    assert error.value.status == 408
+
+
+def test_nobody_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where FastAPI would trace requests by itself, since somebody in the process does."""
+    tracing = pytest.importorskip("opentelemetry.sdk.trace")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export")
+    kept = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter").InMemorySpanExporter()
+    provider = tracing.TracerProvider()
+    provider.add_span_processor(export.SimpleSpanProcessor(kept))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    with Client(make_app(Service.open(folder))) as client:
+        assert client.post("/predict", json={"texts": TEXTS}).status_code == 200
+    assert kept.get_finished_spans() == ()
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,10 @@ from secateur.serving.service import Service
 
 BODY = 1 << 20
 """Bytes of a request."""
+READ = 10.0
+"""Seconds that its body may take to come."""
+SILENT = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""Telemetry of newer releases of FastAPI, which the environment could turn on; older ones take it as a note."""
 TEXT: dict[str, Any] = {"type": "string"}
 LIST = {
     "texts": {"oneOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 2}]},
@@ -67,7 +72,8 @@ def make_app(service: Service) -> Any:
     async def metrics() -> Any:
         return responses.Response(service.numbers(), media_type=CONTENT)
 
-    app = fastapi.FastAPI(title="secateur", docs_url=None, redoc_url=None, lifespan=lifespan)  # its pages load scripts
+    pages = {"docs_url": None, "redoc_url": None}  # which load scripts from elsewhere
+    app = fastapi.FastAPI(title="secateur", lifespan=lifespan, telemetry=SILENT, **pages)
     body = {"required": True, "content": {"application/json": {"schema": SCHEMA}}}
     app.post("/predict", response_model=None, openapi_extra={"requestBody": body})(predict)
     app.get("/health", response_model=None)(health)
@@ -78,8 +84,12 @@ def make_app(service: Service) -> Any:
 async def _body(request: Any) -> bytes:
     """The body of a request, read no further than allowed."""
     found = bytearray()
-    async for part in request.stream():
-        found += part
-        if len(found) > BODY:
-            raise Refused(413, f"The body is too large: send {BODY // 1024} KiB at most.")
+    try:
+        async with asyncio.timeout(READ):
+            async for part in request.stream():
+                found += part
+                if len(found) > BODY:
+                    raise Refused(413, f"The body is too large: send {BODY // 1024} KiB at most.")
+    except TimeoutError:
+        raise Refused(408, f"The body did not come within {READ:g} s.") from None
     return bytes(found)

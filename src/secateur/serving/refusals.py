@@ -13,7 +13,7 @@ class Refused(SecateurError):
     """A request that is not answered.
 
     Args:
-        status: of HTTP: 413 too large, 429 too many, 503 not any more.
+        status: of HTTP: 408 too slow, 413 too large, 429 too many, 503 not any more.
         reason: one line.
         retry: seconds after which it may be asked again; None if that is of no use.
     """
