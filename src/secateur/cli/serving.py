@@ -15,7 +15,9 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
-    precision: Annotated[str, typer.Option(help="Of products: int8, bf16 or fp32.")] = "int8",
+    precision: Annotated[
+        str | None, typer.Option(help="Of products: int8 (the default), bf16 or fp32; of a binary model 1bit.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a batch; all cores by default.")] = None,
     target_ms: Annotated[
         float | None,

@@ -33,7 +33,7 @@ class Settings:
     """How a folder is served.
 
     Attributes:
-        precision: of products: "int8", "bf16" or "fp32".
+        precision: of products, as `secateur.runtime.load` has it; its default if None.
         threads: of each batch; torch's if None.
         target_ms: what 95 % of the answers shall take at most, from the queue to the logits, by turning the dial; it
             stays as the folder has it if None.
@@ -46,7 +46,7 @@ class Settings:
         max_examples: of a request.
     """
 
-    precision: Precision = "int8"
+    precision: Precision | None = None
     threads: int | None = None
     target_ms: float | None = None
     floor: float | None = None
