@@ -20,7 +20,7 @@ from secateur.errors import InvalidData, InvalidModel, SecateurError, Unsupporte
 from secateur.families import FAMILIES
 from secateur.runtime import Precision, build, load
 from secateur.runtime.plan import FAMILIES as PLANNED
-from tests.conftest import tiny_batch, tiny_model
+from tests.conftest import tiny_model
 from tests.contract.test_bypass import cut_out
 from tests.contract.test_families import CUTS, cut
 from tests.contract.test_methods import tiny_tokenizer

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli import fronts
+from secateur.cli import fronts, serving
 from secateur.cli.options import (
     BatchOption,
     JsonOption,
@@ -331,6 +331,9 @@ def report(
     path = write_report(records, out)
     show({"report": str(path)}, as_json, lambda: _print_results(records))
     typer.echo(f"wrote {path}", err=True)
+
+
+app.command()(serving.serve)
 
 
 @app.command("list")

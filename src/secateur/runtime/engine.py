@@ -55,7 +55,7 @@ def load(
             best of this machine if None and the environment variable SECATEUR_TIER is not set.
 
     Raises:
-        UnsupportedModel: an architecture, a head or an edit that the engine does not run.
+        UnsupportedModel: an architecture or a head that the engine does not run.
         SecateurError: an unknown precision or tier, or one that this machine does not have.
     """
     if precision not in (None, *get_args(Precision)):
