@@ -43,7 +43,7 @@ def compare_engines(
     Args:
         source: a folder or a hub id of a classifier.
         engines: of "torch" (float32, and bfloat16 where the hardware has it), "native" (fp32, bf16, int8, or the bits
-            of a binary model), "onnx" (ONNX Runtime, fp32) and "openvino" (in the precision that it takes here by itself).
+            of a binary model), "onnx" (ONNX Runtime, fp32) and "openvino" (in the precision that it takes by itself).
         batch: examples per pass.
         tokens: tokens per example.
         seconds: how long to time all of them together.
