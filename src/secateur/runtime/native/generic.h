@@ -194,6 +194,28 @@ SEC_INLINE vf power_short(vf t) {
 }
 constexpr float LOG2_E = 1.44269504f;
 
+// 2^t for t up to 0, with a relative error below 3e-7 and that of t; 0 below -126.
+SEC_INLINE vf power(vf t) {
+#ifdef __AVX512F__
+    const vf n = (vf)_mm512_roundscale_ps((__m512)t, 8);
+#else
+    const vf low = larger(t, splat(-126.0f)), n = nearest(low);
+#endif
+    const vf f = t - n;
+    vf p = splat(1.326472814e-3f);
+    p = p * f + 9.671512832e-3f;
+    p = p * f + 5.550733740e-2f;
+    p = p * f + 2.402224208e-1f;
+    p = p * f + 6.931469776e-1f;
+    p = p * f + 1.0f;
+#ifdef __AVX512F__
+    const __mmask16 there = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+    return (vf)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)n);
+#else
+    return t < splat(-126.0f) ? vf{} : p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+#endif
+}
+
 // x / (1 + e^-u) with u(x) fitted to the logit of Φ: absolute error below 1e-4 max(1, |x|).
 SEC_INLINE vf gelu_short(vf x) {
     const vf square = smaller(x * x, splat(64.0f));
@@ -716,15 +738,44 @@ struct AttentionRun {
     float softmax_levels(float* row, Level* into, float* held, const Keys& seen, int h, int query) const {
         const Levels& how = what.levels->probabilities;
         const int begin = seen.begin, padded = seen.padded;
-        const float scale = what.levels->scores, most = (float)how.high;
-        for (int j = begin; j < padded; j += LANES) store(row + j, load(row + j) * scale);
+        float scale = what.levels->scores;  // that scores are still to be multiplied by
+        if (what.relative != nullptr) {
+            for (int j = begin; j < padded; j += LANES) store(row + j, load(row + j) * scale);
+            scale = 1;
+        }
         place(row, seen, h, query);
         vf high = splat(-INFINITY);
-        for (int j = begin; j < padded; j += LANES) high = larger(high, load(row + j));
+        for (int j = begin; j < padded; j += LANES) high = larger(high, load(row + j) * scale);
         const float top = highest(high);
+        if (!(how.high == 1 ? one_bit(row, into, begin, padded, scale, top) : more_bits(row, into, held, begin, padded, scale, top)))
+            in_double(row, into, begin, padded, scale, top);
+        return what.levels->context;
+    }
+
+    // e^s >= alpha Z / 2: a comparison of scores. Returns whether it is sure of all of them.
+    template <class Level>
+    bool one_bit(const float* row, Level* into, int begin, int padded, float scale, float top) const {
+        vf sum = {};
+        for (int j = begin; j < padded; j += LANES) sum += power((apart(load(row + j) * scale) - top) * LOG2_E);
+        const float least_score = logf(total(sum) * what.levels->probabilities.alpha * 0.5f);
+        const float width = 4e-6f + 4e-7f * fabsf(least_score);
+        vf unsure = splat(-1.0f);
+        for (int j = begin; j < padded; j += LANES)
+            unsure = larger(unsure, width - absolute(apart(load(row + j) * scale) - top - least_score));
+        if (any_positive(unsure)) return false;
+        for (int j = begin; j < padded; j += LANES)
+            store(into + j, apart(load(row + j) * scale) - top >= least_score ? splat(1.0f) : vf{});
+        return true;
+    }
+
+    // The same for levels up to 255.
+    template <class Level>
+    bool more_bits(const float* row, Level* into, float* held, int begin, int padded, float scale, float top) const {
+        const Levels& how = what.levels->probabilities;
+        const float most = (float)how.high;
         vf sum = {};
         for (int j = begin; j < padded; j += LANES) {
-            const vf found = exponential(load(row + j) - top);
+            const vf found = power((apart(load(row + j) * scale) - top) * LOG2_E);
             store(held + j, found);
             sum += found;
         }
@@ -736,18 +787,21 @@ struct AttentionRun {
             const vf level = __builtin_convertvector(__builtin_convertvector(smaller(t, splat(most)), vi), vf);
             store(sizeof(Level) == 2 ? into + j : (Level*)held + j, level);
         }
-        if (!any_positive(unsure)) {
-            if (sizeof(Level) == 4) memcpy(into + begin, held + begin, (size_t)(padded - begin) * sizeof(float));
-            return what.levels->context;
-        }
+        if (any_positive(unsure)) return false;
+        if (sizeof(Level) == 4) memcpy(into + begin, held + begin, (size_t)(padded - begin) * sizeof(float));
+        return true;
+    }
+
+    template <class Level>
+    void in_double(const float* row, Level* into, int begin, int padded, float scale, float top) const {
+        const Levels& how = what.levels->probabilities;
         double all = 0;
-        for (int j = begin; j < padded; j++) all += exp((double)row[j] - (double)top);
+        for (int j = begin; j < padded; j++) all += exp((double)(row[j] * scale) - (double)top);
         for (int j = begin; j < padded; j++) {
-            const double u = exp((double)row[j] - (double)top) / all / (double)how.alpha;
+            const double u = exp((double)(row[j] * scale) - (double)top) / all / (double)how.alpha;
             const double level = floor((u < how.high ? u : how.high) + 0.5);
             put(into + j, (float)(level < how.high ? level : how.high));
         }
-        return what.levels->context;
     }
 
     // Adds the relative positions' bias, and takes what is outside of the window or behind the last key out.
