@@ -54,7 +54,7 @@ sanitize: $(VENV)/.dev
 	chmod +x build/sanitized/c++
 	SECATEUR_CACHE=build/sanitized/cache CXX=$(CURDIR)/build/sanitized/c++ ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" UBSAN_OPTIONS=halt_on_error=1 \
-	  $(BIN)/python -m pytest -q -s tests/contract/test_engine.py tests/contract/test_engine_modern.py -k "not side and not built_once and not quoted and not fork"
+	  $(BIN)/python -m pytest -q -s tests/contract/test_engine*.py -k "not side and not built_once and not quoted and not fork"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,18 +6,22 @@
 Random weights, whole batches: speed only. With one thread a pass is timed by the process's own time, which other jobs
 do not lengthen; with more by the clock. Medians and quartiles over rounds, every round in another order. "sentences"
 are 32 texts whose lengths are drawn log-normally (median 25 tokens, 4 to 64): padded to the longest for engines that
-need it. OpenVINO's int8 is NNCF's post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
+need it. "sliced" has half of all heads and neurons, "dial" hands on evenly fewer tokens from layer to layer, down to a
+fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits. OpenVINO's int8 is NNCF's post-training
+quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,13 @@ import torch
 from common import HERE, setting, write
 from transformers import BertConfig, BertForSequenceClassification
 
-from secateur.runtime import load
+import secateur
+from secateur import hub
+from secateur.edits import DropTokens, Slice, apply_edits
+from secateur.families import sites
+from secateur.runtime import Precision, load
 from secateur.runtime.build import TIERS, library
+from secateur.subnetwork import SubNetwork
 
 MODELS = {
     "mini": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -35,6 +44,7 @@ MODELS = {
 }
 SHAPES = {"1x32": [32], "1x128": [128], "8x128": [128] * 8, "32x32": [32] * 32}
 Runner = Callable[[], object]
+AMX_OFF = "ONEDNN_MAX_CPU_ISA" in os.environ  # torch and OpenVINO do without it; ONNX Runtime has no such switch
 
 
 def lengths_of(shape: str) -> list[int]:
@@ -44,18 +54,67 @@ def lengths_of(shape: str) -> list[int]:
     return [int(n) for n in np.clip(np.round(np.exp(drawn)), 4, 64)]
 
 
+def variants() -> dict[str, tuple[str, Precision | None, Callable[[Any], Any]]]:
+    """The native engine's rows: tier, precision, and what becomes of the model."""
+    best = library().sec_best_tier()
+    found: dict[str, tuple[str, Precision | None, Callable[[Any], Any]]] = {}
+    for tier in dict.fromkeys((TIERS[best], TIERS[min(best, TIERS.index("avx512"))])):
+        if tier == TIERS[best]:
+            found |= {f"{tier}.fp32": (tier, "fp32", dense), f"{tier}.bf16": (tier, "bf16", dense)}
+        found[f"{tier}.int8"] = tier, "int8", dense
+        if tier == TIERS[best]:
+            found |= {f"{tier}.int8 sliced": (tier, "int8", sliced), f"{tier}.int8 dial": (tier, "int8", dialled)}
+        found |= {
+            f"{tier}.a1": (tier, None, partial(binary, bits=1)),
+            f"{tier}.a8": (tier, None, partial(binary, bits=8)),
+        }
+    return found
+
+
+def dense(model: Any) -> Any:
+    return model
+
+
+def sliced(model: Any) -> Any:
+    """Half of the heads and neurons of each layer."""
+    twin = copy.deepcopy(model)
+    found = sites(twin)
+    heads, neurons = (
+        [tuple(n < site.units // 2 for n in range(site.units)) for site in each]
+        for each in (found.heads, found.neurons)
+    )
+    half = SubNetwork(tuple(heads), tuple(neurons))
+    apply_edits(twin, [Slice(half)])
+    return twin
+
+
+def dialled(model: Any) -> Any:
+    """Layers hand on fewer and fewer tokens, evenly from all to a fifth."""
+    twin = copy.deepcopy(model)
+    layers = twin.config.num_hidden_layers
+    edit = DropTokens(tuple(1 - 0.8 * (n + 1) / layers for n in range(layers)), alpha=1.0)
+    apply_edits(twin, [edit])
+    hub.attach(twin, [edit])
+    return twin
+
+
+def binary(model: Any, bits: int) -> Any:
+    """1-bit weights and activations of so many bits, uncalibrated by training: speed only."""
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30000, (2, 16), generator=source)
+    return secateur.binarize(copy.deepcopy(model), [{"input_ids": ids}], bits)
+
+
 class Rivals:
     """Engines of one model by name: each a function of padded inputs, or of ids that lie one behind the other."""
 
     def __init__(self, model: Any, threads: int, wanted: list[str], folder: Path) -> None:
         self.model, self.threads, self.folder = model, threads, folder
         self.half = BertForSequenceClassification(model.config).eval().bfloat16()
-        best = library().sec_best_tier()
         self.own = {
-            f"{tier}.{precision}": load(model, precision, tier=tier, threads=threads)  # type: ignore[arg-type]
-            for tier in ({TIERS[best], "avx512"} & set(TIERS[: best + 1]))
-            for precision in ("fp32", "bf16", "int8")
-            if (tier == TIERS[best] or precision == "int8") and any(w in f"{tier}.{precision}" for w in wanted)
+            name: load(make(model), precision, tier=tier, threads=threads)
+            for name, (tier, precision, make) in variants().items()
+            if any(word in name for word in wanted)
         }
         self.others: dict[str, Callable[[dict[str, np.ndarray]], object]] = {}
         if "openvino" in wanted:
@@ -75,7 +134,7 @@ class Rivals:
         for name, graph, precision in (
             ("openvino fp32", plain, "f32"),
             ("openvino bf16", plain, "bf16"),
-            ("openvino int8", small, "bf16" if library().sec_best_tier() == len(TIERS) - 1 else "f32"),
+            ("openvino int8", small, "f32" if AMX_OFF or library().sec_best_tier() < len(TIERS) - 1 else "bf16"),
         ):
             options = {
                 "INFERENCE_PRECISION_HINT": precision,
@@ -156,10 +215,16 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
                 times = interleaved(rivals.runners(lengths), arguments.threads, arguments.rounds, arguments.seconds)
                 milliseconds = {n: [round(q, 3) for q in statistics.quantiles(t, n=4)] for n, t in times.items()}
                 row = {"model": name, "shape": shape, "threads": arguments.threads, "tokens": sum(lengths)}
-                rest = [r for r in record["rows"] if any(r[key] != value for key, value in row.items())]
+                row |= {"without": "amx"} if AMX_OFF else {}
+                same = [r for r in record["rows"] if identity(r) == identity(row)]
+                rest = [r for r in record["rows"] if r not in same]
                 record["rows"] = [*rest, {**row, "longest": max(lengths), "milliseconds": milliseconds}]
                 write(path, record)
                 print(name, shape, {n: q[1] for n, q in milliseconds.items()}, flush=True)
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("model", "shape", "threads", "without"))
 
 
 def table(record: dict[str, Any]) -> str:
@@ -169,7 +234,8 @@ def table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         times = {name: quartiles[1] for name, quartiles in row["milliseconds"].items()}
         cells = [f"{times[n]:.1f} ({times['torch fp32'] / times[n]:.1f}×)" if n in times else "–" for n in names]
-        lines.append(f"| {row['model']} | {row['shape']} | {row['threads']} | " + " | ".join(cells) + " |")
+        model = f"{row['model']}, no AMX" if "without" in row else row["model"]
+        lines.append(f"| {model} | {row['shape']} | {row['threads']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -177,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shapes", nargs="*", choices=[*SHAPES, "sentences"], default=[*SHAPES, "sentences"])
-    parser.add_argument("--engines", nargs="*", default=["openvino", "onnxruntime", "fp32", "bf16", "int8"])
+    parser.add_argument("--engines", nargs="*", default=["openvino", "onnxruntime", "fp32", "bf16", "int8", ".a"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.05, help="how long each is run in a round, at least")
     parser.add_argument("--threads", type=int, default=1)

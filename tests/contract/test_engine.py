@@ -298,6 +298,9 @@ def test_encoded_checks_what_it_is_given() -> None:
     for lengths, types in ([21], None), ([19], None), ([20], [0] * 19), ([], None):
         with pytest.raises(InvalidData, match="20 ids do not fit"):
             engine.encoded(ids, torch.tensor(lengths, dtype=torch.long), None if types is None else torch.tensor(types))
+    for lengths in ([500, -480], [20, 0], [2**32 + 5, 15 - 2**32]):  # which add up
+        with pytest.raises(InvalidData, match="An example has 1 to 512 tokens"):
+            engine.encoded(ids, torch.tensor(lengths))
     with pytest.raises(InvalidData, match="whole numbers in one row"):
         engine.encoded(ids.float(), torch.tensor([20]))
     for count in (0, 1000, None):

@@ -17,6 +17,7 @@ from secateur.runtime.plan import FAMILIES as PLANNED
 from tests.conftest import tiny_model
 from tests.contract.test_bypass import cut_out
 from tests.contract.test_engine import NATIVE, TIERS, alone, cosine, examples, wide_model
+from tests.contract.test_engine_modern import modern
 from tests.contract.test_families import CUTS, cut
 
 LENGTHS = [9, 1, 30, 4, 2]
@@ -80,6 +81,17 @@ def test_tokens_that_went_keep_their_last_states(family: str, tier: str) -> None
     with load(model, "fp32", tier=tier) as engine:
         for logits, row in zip(engine(rows), rows, strict=True):
             assert (logits - alone(model, [row])[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("queries", [4, 64])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_windows_and_long_examples(pooling: str, queries: int, tier: str) -> None:
+    """Local layers, in which few queries score and most tokens get exactly nothing: the earlier ones stay."""
+    model = dialled(modern(local_attention=16, classifier_pooling=pooling), queries=queries)
+    rows = examples([300, 17, 90, 5])
+    with load(model, "fp32", tier=tier) as engine:
+        assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("tier", NATIVE)

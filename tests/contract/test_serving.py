@@ -100,6 +100,35 @@ def test_answers_are_the_engines(folder: Path) -> None:
         assert "requestBody" in client.get("/openapi.json").json()["paths"]["/predict"]["post"]
 
 
+def test_a_text_may_name_the_padding(folder: Path) -> None:
+    texts = ["the film is good", "he wrote [PAD] here"]
+    with Client(make_app(Service.open(folder, Settings(precision="fp32", threads=1)))) as client:
+        found = client.post("/predict", json={"texts": texts}).json()["predictions"]
+    wanted = load(folder, "fp32", threads=1)(texts)
+    assert [row["logits"] for row in found] == [pytest.approx(row.tolist(), abs=1e-5) for row in wanted]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of luck"), float("nan")], ids=["raises", "not a number"])
+def test_failures_are_answered_and_counted(folder: Path, failure: Any) -> None:
+    engine = load(folder, "fp32", threads=1)
+
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(engine, name)
+
+        def encoded(self, *given: Any) -> Tensor:
+            if isinstance(failure, Exception):
+                raise failure
+            return engine.encoded(*given) * failure
+
+    with Client(make_app(service(Failing(), folder)), raise_server_exceptions=False) as client:
+        found = client.post("/predict", json={"texts": TEXTS})
+        assert (found.status_code, found.json()) == (500, {"error": "The engine failed: its log says how."})
+        assert 'secateur_requests_total{status="500"} 1' in client.get("/metrics").text
+        assert client.get("/nothing").json() == {"error": "Not Found: GET /nothing"}
+        assert client.get("/predict").json() == {"error": "Method Not Allowed: GET /predict"}
+
+
 def test_regressors_and_classifiers_of_tokens(tmp_path: Path) -> None:
     tiny_text.tokenizer().save_pretrained(tmp_path)
     tiny_text.model(num_labels=1).save_pretrained(tmp_path)

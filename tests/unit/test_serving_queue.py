@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.serving.batching import Batcher, Example
 from secateur.serving.controller import Controller, Row
 from secateur.serving.metrics import Metrics
@@ -171,3 +172,26 @@ def test_lingering(held: Held) -> None:
     made.drain()
     assert third.result(TIMEOUT).logits
     assert made.join(TIMEOUT)
+
+
+def test_nobody_waits_for_a_worker_that_is_gone(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda given: None)  # it is meant to fail
+    made = batcher(held)
+    first = busy(made, held)
+    second = made.put([example(3)])
+    made.metrics.batch = None  # type: ignore[assignment, method-assign]
+    held.go.set()
+    for future in (first, second):
+        with pytest.raises(TypeError):
+            future.result(TIMEOUT)
+    assert made.join(TIMEOUT)
+    with pytest.raises(Refused, match="about to end"):
+        made.put([example(1)])
+
+
+def test_an_engine_that_leaves_examples_out_is_an_error(held: Held) -> None:
+    held.go.set()
+    made = batcher(held)
+    made.run = lambda examples, speedup: held(examples, speedup)[:-1]
+    with pytest.raises(SecateurError, match="answered 0 of 1 examples"):
+        made.put([example(2)]).result(TIMEOUT)

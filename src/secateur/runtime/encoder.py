@@ -191,7 +191,7 @@ def _bias(layer: LayerPlan, places: Tensor) -> Tensor | None:
     if layer.relative is None and layer.window is None:
         return None
     apart = places[None] - places[:, None]
-    found = torch.zeros(1, 1) if layer.relative is None else layer.relative[:, apart + layer.relative.shape[1] // 2]
+    found = torch.zeros(1, 1, 1) if layer.relative is None else layer.relative[:, apart + layer.relative.shape[1] // 2]
     return (found if layer.window is None else found.masked_fill(apart.abs() > layer.window, -torch.inf))[None]
 
 

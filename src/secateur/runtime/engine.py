@@ -21,7 +21,7 @@ from secateur.errors import InvalidData, SecateurError
 from secateur.hub import open_any, open_tokenizer
 from secateur.runtime.binding import NativeEncoder, Precision
 from secateur.runtime.build import TIERS, CannotBuild
-from secateur.runtime.encoder import Encoder, TorchEncoder, mapped
+from secateur.runtime.encoder import Encoder, TorchEncoder, mapped, out_of_range
 from secateur.runtime.plan import Head, Plan, plan_of
 from secateur.tasks.batching import token_limit
 
@@ -71,7 +71,9 @@ def load(
         what = "is binary and runs on the bits that it has" if plan.binary else "is not binary"
         raise SecateurError(f"This model {what}: precision={precision!r} is not for it, leave it out.")
     found = precision or ("1bit" if plan.binary else "int8")
-    return Engine(plan, words, found, threads or torch.get_num_threads(), tier or os.environ.get(TIER))
+    return Engine(
+        plan, words, found, threads or min(torch.get_num_threads(), MOST_THREADS), tier or os.environ.get(TIER)
+    )
 
 
 class Engine:
@@ -177,6 +179,8 @@ class Engine:
         types = None if types is None or plan.types is None else _whole(types)
         if int(lengths.sum()) != len(ids) or (types is not None and len(types) != len(ids)) or not len(lengths):
             raise InvalidData(f"{len(ids)} ids do not fit lengths that add up to {int(lengths.sum())}, or their types.")
+        if int(lengths.min()) < 1 or int(lengths.max()) > plan.longest:
+            raise out_of_range(plan, 2)
         starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
         hidden = self.encoder.run(ids, starts, types, self.threads, self._alpha)
         return _head(plan, _read(plan.head, hidden, starts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from secateur.serving.metrics import CONTENT
 from secateur.serving.refusals import Refused, extra
 from secateur.serving.service import Service
 
+LOG = logging.getLogger(__name__)
 BODY = 1 << 20
 """Bytes of a request."""
 READ = 10.0
@@ -47,21 +49,24 @@ def make_app(service: Service) -> Any:
         service.close()
 
     async def predict(request: Any) -> Any:
-        status, retry = 500, None
+        status, headers = 500, None
         try:
-            found, status = await service.predict(await _body(request)), 200
+            answer = responses.JSONResponse(await service.predict(await _body(request)))
+            status = 200
+            return answer
         except Refused as error:
-            found, status, retry = {"error": str(error)}, error.status, error.retry
+            status, reason = error.status, str(error)
+            headers = None if error.retry is None else {"Retry-After": str(error.retry)}
         except InvalidData as error:
-            found, status = {"error": str(error)}, 422
-        except SecateurError as error:
-            found = {"error": str(error)}
+            status, reason = 422, str(error)
         except gone:
-            found, status = {}, 400  # nobody is there to read it
+            status, reason = 400, ""  # nobody is there to read it
+        except Exception as error:
+            LOG.exception("A request failed.")
+            reason = str(error) if isinstance(error, SecateurError) else "The engine failed: its log says how."
         finally:
             service.metrics.request(status)
-        headers = None if retry is None else {"Retry-After": str(retry)}
-        return responses.JSONResponse(found, status, headers)
+        return responses.JSONResponse({"error": reason}, status, headers)
 
     predict.__annotations__["request"] = fastapi.Request  # an optional package has no name to write there
 
@@ -72,9 +77,15 @@ def make_app(service: Service) -> Any:
     async def metrics() -> Any:
         return responses.Response(service.numbers(), media_type=CONTENT)
 
+    async def other(request: Any, error: Any) -> Any:
+        reason = f"{error.detail}: {request.method} {request.url.path}"
+        return responses.JSONResponse({"error": reason}, error.status_code, error.headers)
+
     pages = {"docs_url": None, "redoc_url": None}  # which load scripts from elsewhere
     app = fastapi.FastAPI(title="secateur", lifespan=lifespan, telemetry=SILENT, **pages)
     body = {"required": True, "content": {"application/json": {"schema": SCHEMA}}}
+    app.exception_handler(404)(other)
+    app.exception_handler(405)(other)
     app.post("/predict", response_model=None, openapi_extra={"requestBody": body})(predict)
     app.get("/health", response_model=None)(health)
     app.get("/metrics", response_model=None)(metrics)

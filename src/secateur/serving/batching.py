@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.serving.controller import Controller
 from secateur.serving.metrics import Metrics
 from secateur.serving.refusals import Refused
@@ -100,6 +101,7 @@ class Batcher:
         self.draining = False
         self.waiting = 0  # tokens in the queue
         self._computing = 0  # tokens of the batch under way
+        self._batch: list[_Place] = []  # under way
         self._queue: deque[_Place] = deque()
         self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="secateur", daemon=True)
@@ -152,6 +154,17 @@ class Batcher:
         return not self._worker.is_alive()
 
     def _work(self) -> None:
+        try:
+            self._work_on()
+        except BaseException as error:  # nothing is computed any more: nobody shall wait for it
+            with self._changed:
+                self.draining = True
+                for place in (*self._batch, *self._queue):
+                    if not place.request.future.done():
+                        place.request.future.set_exception(error)
+            raise
+
+    def _work_on(self) -> None:
         while True:
             with self._changed:
                 while not self._ready():
@@ -159,9 +172,9 @@ class Batcher:
                 if not self._queue:
                     return
                 speedup = self.controller.choose(self.clock(), self.waiting)
-                places = self._taken()
-            self._compute(places, speedup)
-            self._computing = 0
+                self._batch = self._taken()
+            self._compute(self._batch, speedup)
+            self._batch, self._computing = [], 0
 
     def _ready(self) -> bool:
         """Whether there is a batch to take, or nothing will come any more."""
@@ -194,6 +207,8 @@ class Batcher:
         start = self.clock()
         try:
             rows = self.run([place.example for place in places], speedup)
+            if len(rows) != len(places):
+                raise SecateurError(f"The engine answered {len(rows)} of {len(places)} examples.")
         except Exception as error:  # whatever it is, the others are answered
             if len(places) > 1:
                 for place in places:

@@ -48,7 +48,9 @@ class Reader:
             raise InvalidData(f"'{kind}' is a list of at least one example. {FORM}.")
         if len(rows) > self.most:
             raise Refused(413, f"{len(rows)} examples are too many for one request: send {self.most} at most.")
-        found = self._of_texts(rows) if kind == "texts" else [Example(_ids(row)) for row in rows]
+        if kind == "texts":
+            return self._of_texts(rows)
+        found = [Example(_ids(row)) for row in rows]
         for example in found:
             self._check(example.ids)
         return found
@@ -67,6 +69,8 @@ class Reader:
             found = self.tokenizer(texts, truncation=True, max_length=longest)
         except (TypeError, ValueError, OverflowError) as error:  # such as half a surrogate pair
             raise InvalidData(f"The tokenizer does not read a text: {str(error).splitlines()[0]}") from None
+        if not all(found["input_ids"]):
+            raise out_of_range(self.plan, 2)
         types = found.get("token_type_ids") if self.plan.types is not None else None
         return [Example(ids, types[i] if types else None) for i, ids in enumerate(found["input_ids"])]
 

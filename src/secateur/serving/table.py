@@ -35,10 +35,10 @@ def speedups_of(folder: str | Path, tokens: int | None, floor: float | None = No
     """
     path = Path(folder) / FILE
     make = f"run `secateur dial {folder} --task ...` first"
-    if not path.is_file():
-        if floor is not None or tokens is not None:
-            raise SecateurError(f"Turning a dial needs a table of what each speed-up scores: {make}.")
+    if tokens is None and floor is None:
         return []
+    if not path.is_file():
+        raise SecateurError(f"Turning a dial needs a table of what each speed-up scores: {make}.")
     try:
         table = json.loads(path.read_text("utf-8"))
         length = table["setting"]["tokens"]

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -485,9 +486,9 @@ int64_t sec_bytes(const sec_encoder* encoder) { return encoder->bytes; }
 int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
                   const int32_t* starts, int32_t examples, float* x, int32_t threads) {
     const int width = tables->width;
+    for (int32_t i = 0; i < examples; i++)  // before any row is written
+        if (starts[i + 1] <= starts[i] || starts[i + 1] - starts[i] > tables->places - tables->offset) return 2;
     for (int32_t i = 0; i < examples; i++) {
-        const int32_t tokens = starts[i + 1] - starts[i];
-        if (tokens < 1 || tokens + tables->offset > tables->places) return 2;
         for (int32_t t = starts[i]; t < starts[i + 1]; t++) {
             if (ids[t] < 0 || ids[t] >= tables->vocabulary) return 1;
             float* row = x + (size_t)t * width;
@@ -538,8 +539,16 @@ int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t e
             encoder->run(rows, inside[i].data(), ends[i] - begin, inner, dropping, spare);
         };
         if (outer > 1) {
+            std::atomic<bool> short_of_memory{false};
 #pragma omp parallel for schedule(dynamic, 1) num_threads(outer)
-            for (int i = 0; i < chunks; i++) pass(i, *work[thread_number()]);
+            for (int i = 0; i < chunks; i++) {
+                try {
+                    pass(i, *work[thread_number()]);
+                } catch (const std::bad_alloc&) {  // may not leave a region
+                    short_of_memory = true;
+                }
+            }
+            if (short_of_memory) throw std::bad_alloc();
         } else {  // no region around those of the layers: threads of a nested one are made anew each time
             for (int i = 0; i < chunks; i++) pass(i, *work[0]);
         }

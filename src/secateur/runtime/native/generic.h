@@ -642,8 +642,9 @@ struct AttentionRun {
             const long s = (query * asking + n - 1) / n;
             if (s >= asking || s * n / asking != query) return;
         }
+        const float own = paid[query];
         for (int j = seen.begin; j < seen.end; j += LANES) store(paid + j, load(paid + j) + load(row + j) * inverse);
-        if (!what.diagonal) paid[query] -= one(row + query) * inverse;
+        if (!what.diagonal) paid[query] = own;
     }
 
     void end_scores(const float* paid, const Value* values, int tokens, int h, int first) const {
@@ -703,9 +704,9 @@ struct AttentionRun {
         const float top = highest(high);
         vf sum = {};
         for (int j = seen.begin; j < seen.padded; j += LANES) {
-            const vf apart = load(row + j) - top;
-            vf found = sizeof(Value) == 2 ? power_short(larger(apart * LOG2_E, splat(-126.0f))) : exponential(apart);
-            if (what.window >= 0) found = apart < splat(-87.0f) ? vf{} : found;  // else sums begin as slow denormals
+            const vf below = load(row + j) - top;
+            vf found = sizeof(Value) == 2 ? power_short(larger(below * LOG2_E, splat(-126.0f))) : exponential(below);
+            if (what.window >= 0) found = below < splat(-87.0f) ? vf{} : found;  // else sums begin as slow denormals
             store(row + j, found);
             sum += found;
         }
@@ -862,8 +863,8 @@ SEC_INLINE void norm_row(float* x, const Value* y, const float* bias, int hidden
     vf squares = {};
     rest = 0;
     for (int k = 0; k < whole_part; k += LANES) {
-        vf apart = load(x + k) - mean;
-        squares += apart * apart;
+        vf below = load(x + k) - mean;
+        squares += below * below;
     }
     for (int k = whole_part; k < hidden; k++) rest += (x[k] - mean) * (x[k] - mean);
     const float inverse = 1.0f / sqrtf((total(squares) + rest) / hidden + epsilon);
