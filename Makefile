@@ -76,6 +76,7 @@ build: $(VENV)/.dev
 # What a user gets: the wheel in a new environment, away from the checkout. Its dependencies are lent by $(VENV) through a .pth
 # file, which does not lend the editable install; that none is undeclared is checked by tests/unit/test_package.py.
 wheel-check: build
+	test -f dist/secateur-*-py3-none-any.whl
 	rm -rf build/wheel-check
 	$(BIN)/python -m venv build/wheel-check
 	build/wheel-check/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
