@@ -7,11 +7,12 @@ EXTRAS      ?= dev,docs,onnx,openvino,ray,serve
 DEMO_OUT    ?= secateur-demo
 MARKS       ?= not slow
 WORKERS     ?= 2
+FUZZ_SECONDS ?= 300
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS)
 
-.PHONY: help demo test sanitize install lint format docs build wheel-check clean
+.PHONY: help demo test sanitize fuzz install lint format docs build wheel-check clean
 
 help:
 	@echo "make demo      compress a small model and write $(DEMO_OUT)/report.html"
@@ -19,6 +20,7 @@ help:
 	@echo "make install   .venv with every development tool (EXTRAS=$(EXTRAS))"
 	@echo "make lint      ruff, mypy --strict, import directions;  make format applies ruff's fixes"
 	@echo "make sanitize  the native engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz      damaged model folders, opened by the engine's loader for FUZZ_SECONDS ($(FUZZ_SECONDS))"
 	@echo "make docs      the documentation site in site/, warnings are errors"
 	@echo "make build     wheel and sdist in dist/;  make wheel-check installs the wheel in an empty environment"
 	@echo "make clean     remove .venv, build products and caches"
@@ -56,6 +58,10 @@ sanitize: $(VENV)/.dev
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" UBSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/python -m pytest -q -s tests/contract/test_engine*.py -k "not side and not built_once and not quoted and not fork"
 
+# Refused in one line, or run: what else becomes of a damaged folder is printed, and an error.
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz_loader --seconds $(FUZZ_SECONDS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,6 +82,7 @@ build: $(VENV)/.dev
 # What a user gets: the wheel in a new environment, away from the checkout. Its dependencies are lent by $(VENV) through a .pth
 # file, which does not lend the editable install; that none is undeclared is checked by tests/unit/test_package.py.
 wheel-check: build
+	test -f dist/secateur-*-py3-none-any.whl
 	rm -rf build/wheel-check
 	$(BIN)/python -m venv build/wheel-check
 	build/wheel-check/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl

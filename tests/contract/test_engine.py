@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import secateur
 from secateur.cli import app
 from secateur.errors import InvalidData, InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import FAMILIES
-from secateur.runtime import Precision, build, load
+from secateur.runtime import Precision, build, compiling, load
 from secateur.runtime.plan import FAMILIES as PLANNED
 from tests.conftest import tiny_model
 from tests.contract.test_bypass import cut_out
@@ -233,11 +235,11 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (folder / "secateur.so").write_bytes(b"")
         return folder / "secateur.so"
 
-    monkeypatch.setattr(build, "_compile", compiled)
+    monkeypatch.setattr(compiling, "compiled", compiled)
     made = build.built()
     assert build.built() == made
     assert len(calls) == 1
-    monkeypatch.setattr(build, "COMPILERS", ())
+    monkeypatch.setattr(compiling, "COMPILERS", ())
     monkeypatch.delenv("CXX", raising=False)
     assert build.built() == made
     made.parent.chmod(0o777)
@@ -250,6 +252,26 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CXX", "absent-compiler")
     with pytest.raises(build.CannotBuild, match="not there: 'absent-compiler'"):
         build.library()
+
+
+def test_a_library_that_the_wheel_brought_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it was made of the sources beside it."""
+    made = build.built()
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "COMPILERS", ())
+    monkeypatch.delenv("CXX", raising=False)
+    shutil.copytree(compiling.SOURCES, tmp_path / "native", ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(compiling, "SOURCES", tmp_path / "native")
+    brought = shutil.copy(made, tmp_path / "native" / f"{compiling.stem()}.so")
+    assert build.built() == brought
+    model, rows = wide_model(), examples([4, 9])
+    assert (load(model, "fp32", tier="portable")(rows) - alone(model, rows)).abs().max() <= 1e-4
+    result = CliRunner().invoke(app, ["build-engine", "--json"])
+    assert json.loads(result.stdout) == {"library": str(brought), "tier": NATIVE[-1]}
+    with (tmp_path / "native" / "kernels.h").open("a") as source:
+        source.write("// changed\n")
+    with pytest.raises(build.CannotBuild, match="there is none: install one"):
+        build.built()
 
 
 def test_a_compiler_that_fails_is_quoted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

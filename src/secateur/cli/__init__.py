@@ -362,6 +362,17 @@ def list_(as_json: JsonOption = False) -> None:
     show(found, as_json, lines)
 
 
+@app.command("build-engine")
+def build_engine(as_json: JsonOption = False) -> None:
+    """Build the native engine into the cache folder, for an image that will have no compiler."""
+    from secateur.runtime import build
+
+    record = {"library": str(build.built()), "tier": build.TIERS[build.library().sec_best_tier()]}
+    show(
+        record, as_json, lambda: typer.echo(f"{record['library']}\nThe best tier of this machine is {record['tier']}.")
+    )
+
+
 def main() -> None:
     """Run the command line; errors that a user can act on are one line and exit code 2."""
     from transformers.utils import logging

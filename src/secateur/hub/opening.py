@@ -19,6 +19,9 @@ from transformers import (
 
 from secateur.errors import InvalidModel, SecateurError
 
+MOST_LAYERS = 1000
+"""More than any model has: a number beyond is damage."""
+
 
 def open_model(
     source: str | Path, cls: Any = AutoModelForSequenceClassification, *, trained: bool = False, **options: Any
@@ -44,7 +47,7 @@ def open_model(
         raise
     except SafetensorError as error:
         raise InvalidModel(f"The weights in '{what}' are damaged ({error}): download or compress again.") from None
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged config surfaces anywhere in a model's constructor
         raise InvalidModel(_why(what, error)) from None
     missing = sorted(loading["missing_keys"])
     if trained and missing:
@@ -63,10 +66,13 @@ def open_any(source: str | Path) -> PreTrainedModel:
     """
     _check_folder(Path(source), str(source))
     try:
-        names = AutoConfig.from_pretrained(str(source)).architectures or []
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(str(source))
+        named = [getattr(transformers, name, None) for name in config.architectures or []]
+    except Exception as error:  # configs are checked by errors of many kinds
         raise InvalidModel(_why(str(source), error)) from None
-    named = [getattr(transformers, name, None) for name in names]
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # which transformers would make one by one
+        raise InvalidModel(f"'{source}' cannot be opened: its config.json says {layers} layers.")
     return open_model(source, next((cls for cls in named if cls is not None), AutoModel))
 
 
@@ -109,4 +115,6 @@ def _why(what: str, error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"  # of what a config's field is, and what it should be
     return lines[0] if lines else type(error).__name__

@@ -22,6 +22,7 @@ from secateur.hub import open_any, open_tokenizer
 from secateur.runtime.binding import NativeEncoder, Precision
 from secateur.runtime.build import TIERS, CannotBuild
 from secateur.runtime.encoder import Encoder, TorchEncoder, mapped, out_of_range
+from secateur.runtime.op import EngineModule
 from secateur.runtime.plan import Head, Plan, plan_of
 from secateur.tasks.batching import token_limit
 
@@ -184,6 +185,13 @@ class Engine:
         starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
         hidden = self.encoder.run(ids, starts, types, self.threads, self._alpha)
         return _head(plan, _read(plan.head, hidden, starts))
+
+    def module(self) -> EngineModule:
+        """A module whose forward(ids, lengths, types=None) is `encoded`: one operator, kept whole by `torch.compile`.
+
+        Compiled code calls the engine as it is: threads and speed-up may still be set between calls.
+        """
+        return EngineModule(self)
 
     def info(self) -> dict[str, Any]:
         """What runs where: tier, precision, threads, speed-up, bytes of packed weights and of tables, layers left."""
