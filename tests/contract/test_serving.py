@@ -29,6 +29,7 @@ from secateur.runtime import Engine, load
 from secateur.serving import Service, Settings, app, deployment, make_app, serve
 from secateur.serving.controller import Row
 from secateur.serving.refusals import Refused
+from secateur.serving.server import bound
 from tests.contract.test_engine import alone, wide_model
 from tests.contract.test_engine_tokens import dialled
 from tests.contract.test_methods import tiny_tokenizer
@@ -127,6 +128,24 @@ def test_failures_are_answered_and_counted(folder: Path, failure: Any) -> None:
         assert 'secateur_requests_total{status="500"} 1' in client.get("/metrics").text
         assert client.get("/nothing").json() == {"error": "Not Found: GET /nothing"}
         assert client.get("/predict").json() == {"error": "Method Not Allowed: GET /predict"}
+
+
+def test_answers_are_not_held_back() -> None:
+    """Nagle's algorithm is off at the connections that a server takes."""
+
+    async def run() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def taken(_: Any, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(taken, sock=bound("127.0.0.1", 0)) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.close()
+            return await asyncio.wait_for(found, TIMEOUT)
+
+    assert asyncio.run(run()) != 0
 
 
 def test_regressors_and_classifiers_of_tokens(tmp_path: Path) -> None:
