@@ -1,0 +1,307 @@
+// Linear maps: weights packed in the order in which they are multiplied, rows brought into it, and products.
+#pragma once
+#include "vectors.h"
+
+namespace secateur {
+namespace {
+
+// --- packing -------------------------------------------------------------------------------------------------------
+
+static size_t generic_packed_bytes(Precision precision, int wide, int deep) {
+    if (precision == BINARY) return (size_t)wide * deep / 8;
+    return (size_t)wide * deep * (precision == FP32 ? 4 : precision == BF16 ? 2 : 1);
+}
+
+static float weight_at(const float* weight, const Map& map, int out, int in) {
+    return out < map.out && in < map.in ? weight[(size_t)out * map.in + in] : 0.0f;
+}
+
+// Where a weight of one byte goes. Panels of 16 outputs, four inputs side by side, are what VNNI and AMX read; loops read
+// an output's weights one behind the other.
+SEC_INLINE size_t byte_place(const Map& map, int n, int k) {
+#ifdef SEC_ROW_AFTER_ROW
+    return (size_t)n * map.deep + k;
+#else
+    return (((size_t)(n / 16) * (map.deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4;
+#endif
+}
+
+// Signs in the order of bytes, a bit each; what is beyond a map is -1.
+static void generic_pack_signs(const uint64_t* words, Map& map) {
+    uint8_t* to = (uint8_t*)map.weights;
+    memset(to, 0, map.bytes);
+    const int each = up_to(map.in, 64) / 64;
+    for (int n = 0; n < map.wide; n++) {
+        map.sums[n] = -map.deep;
+        for (int k = 0; k < map.in && n < map.out; k++) {
+            if (!(words[(size_t)n * each + k / 64] >> (k % 64) & 1)) continue;
+            const size_t at = byte_place(map, n, k);
+            to[at / 8] |= (uint8_t)(1 << at % 8);
+            map.sums[n] += 2;
+        }
+    }
+}
+
+// Signs as bytes -1 and 1; `count` is a multiple of 64.
+SEC_INLINE void spread(const void* signs, size_t count, int8_t* to) {
+#ifdef __AVX512BW__
+    const __m512i minus = _mm512_set1_epi8(-1), plus = _mm512_set1_epi8(1);
+    for (size_t i = 0; i < count / 64; i++)
+        _mm512_storeu_si512(to + 64 * i, _mm512_mask_blend_epi8(((const __mmask64*)signs)[i], minus, plus));
+#else
+    for (size_t i = 0; i < count / 8; i++) {
+        // every byte gets all eight bits, keeps its own, and is 1 where that is set: then 2 x - 1
+        const uint64_t all = (uint64_t)((const uint8_t*)signs)[i] * 0x0101010101010101u & 0x8040201008040201u;
+        const uint64_t ones = ((((all & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | all) >> 7) & 0x0101010101010101u;
+        const uint64_t bytes = ones | (0x0101010101010101u - ones) * 0xff;
+        memcpy(to + 8 * i, &bytes, 8);
+    }
+#endif
+}
+
+// int8: a scale for each output.
+static void pack_int8(const float* weight, Map& map) {
+    int8_t* to = (int8_t*)map.weights;
+    for (int n = 0; n < map.wide; n++) {
+        float high = 0;
+        for (int k = 0; k < map.in; k++) {
+            float size = fabsf(weight_at(weight, map, n, k));
+            high = size > high ? size : high;
+        }
+        map.scale[n] = high / 127;
+        float factor = high > 0 ? 127 / high : 0;
+        map.sums[n] = 0;
+        for (int k = 0; k < map.deep; k++) {
+            int8_t level = (int8_t)lrintf(weight_at(weight, map, n, k) * factor);
+            map.sums[n] += level;
+            to[byte_place(map, n, k)] = level;
+        }
+    }
+}
+
+// fp32 and bf16: panels of outputs, input after input.
+[[maybe_unused]] static void generic_pack(Precision precision, const float* weight, Map& map) {
+    if (precision == INT8) return pack_int8(weight, map);
+    for (int n = 0; n < map.wide; n++)
+        for (int k = 0; k < map.deep; k++) {
+            size_t at = ((size_t)(n / PANEL) * map.deep + k) * PANEL + n % PANEL;
+            float value = weight_at(weight, map, n, k);
+            if (precision == FP32)
+                ((float*)map.weights)[at] = value;
+            else
+                put((uint16_t*)map.weights + at, value);
+        }
+}
+
+// --- rows into what a product reads --------------------------------------------------------------------------------
+
+template <class From>
+SEC_INLINE float largest(const From* from, int count) {
+    vf high = {};
+    int k = 0;
+    for (; k + LANES <= count; k += LANES) high = larger(high, absolute(load(from + k)));
+    float found = highest(high);
+    for (; k < count; k++) found = fabsf(one(from + k)) > found ? fabsf(one(from + k)) : found;
+    return found;
+}
+
+// Where a product reads byte k of a row.
+SEC_INLINE size_t input_place(const Map& map, int row, int k) {
+#ifdef SEC_TILES  // 16 rows of 64 bytes, then the next 64 bytes of the same rows
+    return ((size_t)(row / 16) * (map.deep / 64) + k / 64) * 1024 + (size_t)(row % 16) * 64 + k % 64;
+#else
+    return (size_t)row * map.deep + k;
+#endif
+}
+
+// A row times a factor, in whole numbers, as an int8 map reads them.
+template <class From>
+SEC_INLINE void quantise(const From* from, int row, const Map& map, float factor, void* input) {
+    const int count = map.in;
+    for (int k = 0; k < map.deep; k += LANES) {
+        float held[LANES] = {};
+        vf x;
+        if (k + LANES <= count) {
+            x = load(from + k);
+        } else {
+            for (int i = k; i < count; i++) held[i - k] = one(from + i);
+            x = load(held);
+        }
+        *(vb*)((int8_t*)input + input_place(map, row, k)) = __builtin_convertvector(whole(x * factor) + SEC_RAISED, vb);
+    }
+}
+
+SEC_INLINE int raised(const Map& map) { return map.precision == BINARY && map.levels.low == 0 ? 0 : SEC_RAISED; }
+
+SEC_INLINE vi level_of(vf x, vf shift, const Levels& how) {
+    x -= shift;
+    if (how.sign) return (x >= 0) ? vi{} + 1 : vi{} - 1;
+    const vf low = splat((float)how.low), high = splat((float)how.high);
+    vf t = smaller(larger(x * how.inverse, low), high) + 0.5f;
+    // a product with the inverse may miss the quotient by two of its last bits: where that counts, divide
+    const float unsure = 4e-7f * (how.high - how.low + 1);
+    if (any_positive(splat(unsure) - absolute(t - nearest(t)))) t = smaller(larger(x / how.alpha, low), high) + 0.5f;
+    vi found = __builtin_convertvector(t, vi);
+    found += __builtin_convertvector(found, vf) > t;  // towards 0 is above, of negative ones
+    return found > how.high ? vi{} + how.high : found;
+}
+
+// Levels of a row as a binary map reads them, 0 behind its end.
+template <class From>
+SEC_INLINE void round_row(const From* from, int row, const Map& map, void* input) {
+    const Levels& how = map.levels;
+    const int count = map.in;
+    for (int k = 0; k < map.deep; k += LANES) {
+        float held[LANES] = {}, moved[LANES] = {};
+        vi found;
+        if (k + LANES <= count) {
+            found = level_of(load(from + k), how.shift != nullptr ? load(how.shift + k) : vf{}, how);
+        } else {
+            for (int i = k; i < count; i++) held[i - k] = one(from + i);
+            for (int i = k; i < count && how.shift != nullptr; i++) moved[i - k] = how.shift[i];
+            found = level_of(load(held), load(moved), how);
+            for (int i = 0; i < LANES; i++)
+                if (k + i >= count) found[i] = 0;
+        }
+        *(vb*)((int8_t*)input + input_place(map, row, k)) = __builtin_convertvector(found + raised(map), vb);
+    }
+}
+
+template <class From>
+static void prepare_rows(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
+                         int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
+    for (int m = 0; m < rows; m++) {
+        const From* row = (const From*)from.data + (size_t)m * from.stride;
+        if (precision == BINARY) {
+            round_row(row, m, map, input);
+        } else if (precision == INT8) {
+            float high = largest(row, map.in);
+            scale[m] = high / 127;
+            quantise(row, m, map, high > 0 ? 127 / high : 0, input);
+        } else if (precision == BF16) {
+            uint16_t* to = (uint16_t*)input + (size_t)m * map.deep;
+            int k = 0;
+            for (; k + LANES <= map.in; k += LANES) store(to + k, load(row + k));
+            for (; k < map.in; k++) put(to + k, one(row + k));
+            for (; k < map.deep; k++) to[k] = 0;
+        } else {
+            float* to = (float*)input + (size_t)m * map.deep;
+            int k = 0;
+            for (; k + LANES <= map.in; k += LANES) store(to + k, load(row + k));
+            for (; k < map.in; k++) to[k] = one(row + k);
+            for (; k < map.deep; k++) to[k] = 0;
+        }
+    }
+}
+
+[[maybe_unused]] static void generic_prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
+                            int threads) {
+    (from.half ? prepare_rows<uint16_t> : prepare_rows<float>)(precision, from, rows, map, input, scale, threads);
+}
+
+// --- products ------------------------------------------------------------------------------------------------------
+
+// Writes results: as floats or halves, rounded to levels (which no map with an activation is asked for), or as the next
+// map reads its rows.
+template <Activation A>
+SEC_INLINE void finish(Rows to, int row, int column, vf value) {
+    if (to.next != nullptr) {
+        const Levels& how = to.next->levels;
+        const vf shift = how.shift != nullptr ? load(how.shift + column) : vf{};
+        const vi found = level_of(activated<A, false>(value), shift, how) + raised(*to.next);
+        *(vb*)((int8_t*)to.data + input_place(*to.next, row, column)) = __builtin_convertvector(found, vb);
+        return;
+    }
+    if (to.levels != nullptr) value = __builtin_convertvector(level_of(value, vf{}, *to.levels), vf);
+    if (to.half)
+        store((uint16_t*)to.data + (size_t)row * to.stride + column, activated<A, true>(value));
+    else
+        store((float*)to.data + (size_t)row * to.stride + column, activated<A, false>(value));
+}
+
+// R rows times a panel of outputs.
+template <int R, Activation A, class Value>
+SEC_INLINE void float_panel(const Value* input, const Value* panel, int row, int column, const Map& map, Rows to) {
+    vf sums[R][2];
+    SEC_UNROLL for (int r = 0; r < R; r++) sums[r][0] = load(map.bias + column), sums[r][1] = load(map.bias + column + LANES);
+    const Value* from = input + (size_t)row * map.deep;
+    for (int k = 0; k < map.deep; k++) {
+        vf low = load(panel + (size_t)k * PANEL), high = load(panel + (size_t)k * PANEL + LANES);
+        SEC_UNROLL for (int r = 0; r < R; r++) {
+            vf x = splat(one(from + (size_t)r * map.deep + k));
+            sums[r][0] += x * low;
+            sums[r][1] += x * high;
+        }
+    }
+    SEC_UNROLL for (int r = 0; r < R; r++) {
+        finish<A>(to, row + r, column, sums[r][0]);
+        finish<A>(to, row + r, column + LANES, sums[r][1]);
+    }
+}
+
+template <Activation A, class Value>
+[[maybe_unused]] static void float_product(const void* input, int rows, const Map& map, Rows to, int threads) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int column = 0; column < map.wide; column += PANEL) {
+        const Value* panel = (const Value*)map.weights + (size_t)column * map.deep;
+        int row = 0;
+        for (; row + SEC_ROWS <= rows; row += SEC_ROWS)
+            float_panel<SEC_ROWS, A, Value>((const Value*)input, panel, row, column, map, to);
+        for (; row < rows; row++) float_panel<1, A, Value>((const Value*)input, panel, row, column, map, to);
+    }
+}
+
+// Sums of whole products, with scales and bias; `scale` is that of each row, of int8 maps.
+template <Activation A>
+[[maybe_unused]] SEC_INLINE void finish_whole(vi sums, const float* scale, int row, int column, const Map& map, Rows to) {
+    const vf whole = __builtin_convertvector(sums, vf), bias = load(map.bias + column);
+    if (map.precision == BINARY) return finish<A>(to, row, column, apart(whole * load(map.scale + column)) + bias);
+    finish<A>(to, row, column, whole * (load(map.scale + column) * scale[row]) + bias);
+}
+template <Activation A>
+[[maybe_unused]] SEC_INLINE void finish_whole(const int32_t* sums, const float* scale, int row, int column, const Map& map,
+                                              Rows to) {
+    for (int n = 0; n < 16; n += LANES) finish_whole<A>(*(const vi*)(sums + n), scale, row, column + n, map, to);
+}
+
+// Calls `then` with the bytes of each `step` outputs' weights: those that are packed, or signs, spread out in `panels`.
+template <class Then>
+SEC_INLINE void over_panels(const Map& map, int step, void* panels, int threads, Then then) {
+    const size_t panel = (size_t)step * map.deep;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int column = 0; column < map.wide; column += step) {
+        const size_t from = (size_t)column * map.deep;
+        const int8_t* weights = (const int8_t*)map.weights + from;
+        if (map.precision == BINARY) {
+            int8_t* here = (int8_t*)panels + (size_t)omp_get_thread_num() * 32 * map.deep;
+            spread((const char*)map.weights + from / 8, panel, here);
+            weights = here;
+        }
+        then(column, weights);
+    }
+}
+
+// Products of inputs of one byte, with a sign or without, which a tier defines; one that has other products of its own says SEC_OWN_PRODUCT.
+#ifndef SEC_OWN_PRODUCT
+template <Activation A, bool SIGNED>
+static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels, int threads);
+
+static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
+                    Activation activation, Rows to, void* panels, int threads) {
+    with_activation(activation, [&](auto known) {
+        constexpr Activation A = decltype(known)::value;
+        if (precision == INT8 || (precision == BINARY && map.levels.low < 0))
+            byte_product<A, true>(input, scale, rows, map, to, panels, threads);
+        else if (precision == BINARY)
+            byte_product<A, false>(input, scale, rows, map, to, panels, threads);
+        else if (precision == BF16)
+            float_product<A, uint16_t>(input, rows, map, to, threads);
+        else
+            float_product<A, float>(input, rows, map, to, threads);
+    });
+}
+#endif
+
+}  // namespace
+}  // namespace secateur
