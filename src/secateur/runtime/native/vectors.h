@@ -125,22 +125,13 @@ SEC_INLINE vf inverse_of(vf a) {  // to 14 bits, which is more than bfloat16 kee
 // e^x by 2^n 2^f with a polynomial in f; relative error below 3e-7, 0 below -87.
 SEC_INLINE vf exponential(vf x) {
 #ifdef __AVX512F__
-    const vf whole_part = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
-    vf rest = x - whole_part * 0.693359375f;
-    rest = rest + whole_part * 2.12194440e-4f;
-    vf q = splat(1.9875691500e-4f);
-    q = q * rest + 1.3981999507e-3f;
-    q = q * rest + 8.3334519073e-3f;
-    q = q * rest + 4.1665795894e-2f;
-    q = q * rest + 1.6666665459e-1f;
-    q = q * rest + 5.0000001201e-1f;
-    q = q * rest * rest + rest + 1.0f;
-    const __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-    return (vf)_mm512_maskz_scalef_ps(there, (__m512)q, (__m512)whole_part);
+    const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
+#else
+    const vf given = x;
+    x = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+    const vf n = nearest(x * 1.44269504f);
 #endif
-    vf inside = smaller(larger(x, splat(-87.0f)), splat(88.0f));
-    vf n = nearest(inside * 1.44269504f);
-    vf f = inside - n * 0.693359375f;
+    vf f = x - n * 0.693359375f;
     f = f + n * 2.12194440e-4f;
     vf p = splat(1.9875691500e-4f);
     p = p * f + 1.3981999507e-3f;
@@ -149,9 +140,12 @@ SEC_INLINE vf exponential(vf x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-    vf found = p * (vf)power;
-    return x < splat(-87.0f) ? vf{} : found;
+#ifdef __AVX512F__
+    const __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+    return (vf)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)n);
+#else
+    return given < splat(-87.0f) ? vf{} : p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+#endif
 }
 
 // x Φ(x), Φ by Abramowitz and Stegun 7.1.26: absolute error of the error function below 2e-7.
