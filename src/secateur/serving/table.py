@@ -30,12 +30,16 @@ def speedups_of(folder: str | Path, tokens: int | None, floor: float | None = No
         floor: the least that the table's metric may be, in the unit of the table.
 
     Raises:
-        SecateurError: no table, but a dial or a floor; a damaged table, or one made at another length; a floor, and
-            no metrics or no row that keeps it.
+        SecateurError: a floor without a dial; a dial without a table, or with a damaged one, or one made at another
+            length; a floor, and no metrics or no row that keeps it.
     """
     path = Path(folder) / FILE
     make = f"run `secateur dial {folder} --task ...` first"
-    if tokens is None and floor is None:
+    if tokens is None and floor is not None:
+        raise SecateurError(
+            f"A floor limits how far a dial turns, and '{folder}' has none: compress with 'late' first."
+        )
+    if tokens is None:
         return []
     if not path.is_file():
         raise SecateurError(f"Turning a dial needs a table of what each speed-up scores: {make}.")
@@ -45,7 +49,7 @@ def speedups_of(folder: str | Path, tokens: int | None, floor: float | None = No
         found = {float(r["speedup"]): next(iter(r.get("metrics", {}).values()), None) for r in table["rows"]}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SecateurError(f"'{path}' is damaged: {make}.") from None
-    if tokens not in (None, length):
+    if tokens != length:
         raise SecateurError(f"'{path}' counts at {length} tokens and the dial at {tokens}: {make}, without --tokens.")
     if floor is None:
         return sorted(found)
