@@ -45,3 +45,12 @@ def test_what_a_config_may_not_say(folders: Path, tmp_path: Path, key: str, valu
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(InvalidModel, match="cannot be opened: .*" + message):
         load(tmp_path / "model")
+
+
+def test_layers_without_weights_are_not_drawn_at_random(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "dense", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    given = json.loads(file.read_text())
+    file.write_text(json.dumps(given | {"num_hidden_layers": given["num_hidden_layers"] + 1}))
+    with pytest.raises(InvalidModel, match="has no weights for bert.encoder.layer"):
+        load(tmp_path / "model")

@@ -58,8 +58,12 @@ def open_model(
     return cast(PreTrainedModel, model)
 
 
-def open_any(source: str | Path) -> PreTrainedModel:
+def open_any(source: str | Path, *, trained: bool = False) -> PreTrainedModel:
     """Open a folder or hub id with the class its config names, so that every weight has a place.
+
+    Args:
+        source: a folder or a hub id.
+        trained: as `open_model`.
 
     Raises:
         InvalidModel: as `open_model`.
@@ -73,7 +77,7 @@ def open_any(source: str | Path) -> PreTrainedModel:
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MOST_LAYERS:  # which transformers would make one by one
         raise InvalidModel(f"'{source}' cannot be opened: its config.json says {layers} layers.")
-    return open_model(source, next((cls for cls in named if cls is not None), AutoModel))
+    return open_model(source, next((cls for cls in named if cls is not None), AutoModel), trained=trained)
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -57,11 +57,12 @@ def load(
 
     Raises:
         UnsupportedModel: an architecture or a head that the engine does not run.
+        InvalidModel: a folder whose weights are damaged, or do not fill the model that its config describes.
         SecateurError: an unknown precision or tier, or one that this machine does not have.
     """
     if precision not in (None, *get_args(Precision)):
         raise SecateurError(f"A precision is {', '.join(get_args(Precision))}, not {precision!r}.")
-    model = open_any(source) if isinstance(source, (str, Path)) else source
+    model = open_any(source, trained=True) if isinstance(source, (str, Path)) else source
     words = tokenizer
     if words is None and isinstance(source, (str, Path)):
         words = source
