@@ -31,7 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import HERE, setting, write
+from plotly.subplots import make_subplots
 
 from secateur.tasks import load_task
 
@@ -176,9 +178,44 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def chart(record: dict[str, Any]) -> Any:
+    """Latencies, and speed-up and metric of the answers, second by second."""
+    rows, scores = record["rows"], record["metric"]
+    seconds = list(range(len(rows)))
+    found = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.06, specs=[[{}], [{"secondary_y": True}]])
+    for name in ("p50 ms", "p95 ms"):
+        found.add_scatter(x=seconds, y=[row[name] for row in rows], name=name, mode="lines", row=1, col=1)
+    found.add_hline(
+        y=record["target ms"], line_dash="dot", annotation_text="target", annotation_position="top left", row=1, col=1
+    )
+    speedups = [row["speedup"] for row in rows]
+    steps = sorted((float(speedup), score) for speedup, score in scores.items())
+    metric = [None if k is None else float(np.interp(k, *zip(*steps, strict=True))) for k in speedups]
+    found.add_scatter(x=seconds, y=speedups, name="speed-up", mode="lines", row=2, col=1)
+    found.add_scatter(x=seconds, y=metric, name="accuracy", mode="lines", row=2, col=1, secondary_y=True)
+    for number, name in enumerate(PHASES):
+        found.add_vline(x=number * len(rows) / len(PHASES), line_dash="dash", line_width=1)
+        found.add_annotation(
+            x=(number + 0.5) * len(rows) / len(PHASES), y=1.06, yref="paper", text=name, showarrow=False
+        )
+    found.update_layout(width=1000, height=520, template="plotly_white", margin=dict(l=60, r=60, t=40, b=40))
+    found.update_yaxes(title_text="ms", row=1, col=1)
+    found.update_yaxes(title_text="speed-up", row=2, col=1)
+    found.update_yaxes(title_text="accuracy", tickformat=".3f", row=2, col=1, secondary_y=True)
+    found.update_xaxes(title_text="seconds", row=2, col=1)
+    return found
+
+
+def scores_of(folder: Path) -> dict[str, float]:
+    """Metric of each speed-up in the table of a folder's dial."""
+    file = folder / "dial.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return {str(row["speedup"]): next(iter(row["metrics"].values())) for row in rows if row.get("metrics")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="with a dial or without")
     parser.add_argument("--target-ms", type=float)
     parser.add_argument("--floor", type=float)
     parser.add_argument("--threads", type=int, default=1)
@@ -186,7 +223,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=30, help="of each phase")
     parser.add_argument("--in-flight", type=int, default=256, help="requests under way at most")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "serving.json")
+    parser.add_argument("--chart", type=Path, help="HTML of the kept result to write, and nothing else")
     args = parser.parse_args()
+    if args.chart is not None:
+        chart(json.loads(args.out.read_text())).write_html(args.chart, config={"displayModeBar": False})
+        return
     bodies = bodies_of(args.texts)
     fixed = [str(args.folder), "--threads", str(args.threads)]
     turned = [
@@ -200,7 +241,7 @@ def main() -> None:
     print(f"capacity: {most:.0f} requests of {args.texts} sentences per second")
     asked = {"texts": args.texts, "target ms": args.target_ms, "floor": args.floor, "serving threads": args.threads}
     record = {**setting(), **asked, "capacity": round(most, 1), "in flight": args.in_flight}
-    record |= {"generator": "on the same cores", "rows": []}
+    record |= {"generator": "on the same cores", "metric": scores_of(args.folder), "rows": []}
     with server(fixed + turned) as (port, pid):
         for name, share in PHASES.items():
             found = asyncio.run(phase(port, pid, bodies, share * most, args.seconds, args.in_flight))
