@@ -57,15 +57,21 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
 
 
+def cut_model(family: str, how: str) -> Any:
+    """A tiny model that is "dense", "bypassed", or sliced in one of the ways of `CUTS`."""
+    model: Any = tiny_model(family)
+    if how == "bypassed":
+        return cut_out(model, cut(model, "layer without both"))
+    if how != "dense":
+        secateur.edits.apply_edits(model, [secateur.edits.Slice(cut(model, how))])
+    return model
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("how", ["dense", "bypassed", *CUTS])
 @pytest.mark.parametrize("family", PLANNED)
 def test_every_family_and_cut(family: str, how: str, tier: str) -> None:
-    model: Any = tiny_model(family)
-    if how == "bypassed":
-        model = cut_out(model, cut(model, "layer without both"))
-    elif how != "dense":
-        secateur.edits.apply_edits(model, [secateur.edits.Slice(cut(model, how))])
+    model = cut_model(family, how)
     rows = examples([9, 1, 30, 4])
     with load(model, "fp32", tier=tier) as engine:
         assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-4

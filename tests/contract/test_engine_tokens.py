@@ -9,16 +9,15 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 import secateur
-from secateur.edits import DropTokens, Slice, apply_edits
+from secateur.edits import DropTokens, apply_edits
 from secateur.edits.tokens import dial_of
 from secateur.errors import InvalidBudget, SecateurError
 from secateur.runtime import Precision, load
 from secateur.runtime.plan import FAMILIES as PLANNED
 from tests.conftest import tiny_model
-from tests.contract.test_bypass import cut_out
-from tests.contract.test_engine import NATIVE, TIERS, alone, cosine, examples, wide_model
+from tests.contract.test_engine import NATIVE, TIERS, alone, cosine, cut_model, examples, wide_model
 from tests.contract.test_engine_modern import modern
-from tests.contract.test_families import CUTS, cut
+from tests.contract.test_families import CUTS
 
 LENGTHS = [9, 1, 30, 4, 2]
 
@@ -36,12 +35,7 @@ def dialled(model: Any, **changes: Any) -> Any:
 @pytest.mark.parametrize("how", ["dense", "bypassed", *CUTS])
 @pytest.mark.parametrize("family", PLANNED)
 def test_every_family_and_cut(family: str, how: str, tier: str) -> None:
-    model: Any = tiny_model(family)
-    if how == "bypassed":
-        model = cut_out(model, cut(model, "layer without both"))
-    elif how != "dense":
-        apply_edits(model, [Slice(cut(model, how))])
-    model = dialled(model)
+    model = dialled(cut_model(family, how))
     rows = examples(LENGTHS)
     with load(model, "fp32", tier=tier) as engine:
         assert engine.speedup > 1

@@ -35,36 +35,27 @@ static void pack(Precision precision, const float* weight, Map& map) {
             put(to + (((size_t)(n / 16) * (map.deep / 2) + k / 2) * 16 + n % 16) * 2 + k % 2, weight_at(weight, map, n, k));
 }
 
-// Rows in tiles: 16 rows of 64 bytes, then the next 64 bytes of the same rows.
+// Rows of bfloat16 in tiles: 16 rows of 64 bytes, then the next 64 bytes of the same rows.
 template <class From>
-static void prepare_tiles(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
-                          int threads) {
-    const int steps = map.deep / step_of(precision);
+static void prepare_halves(Rows from, int rows, const Map& map, void* input, int threads) {
+    const int steps = map.deep / step_of(BF16);
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
     for (int m = 0; m < rows; m++) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
-        if (precision == BINARY) {
-            round_row(row, m, map, input);
-        } else if (precision == INT8) {
-            const float high = largest(row, map.in);
-            scale[m] = high / 127;
-            quantise(row, m, map, high > 0 ? 127 / high : 0, input);
-        } else {
-            for (int k = 0; k < map.deep; k += LANES) {
-                uint16_t* at = (uint16_t*)((char*)input + ((size_t)(m / 16) * steps + k / 32) * TILE + m % 16 * 64) + k % 32;
-                if (k + LANES <= map.in) {
-                    store(at, load(row + k));
-                } else {
-                    for (int i = 0; i < LANES; i++) put(at + i, k + i < map.in ? one(row + k + i) : 0.0f);
-                }
+        for (int k = 0; k < map.deep; k += LANES) {
+            uint16_t* at = (uint16_t*)((char*)input + ((size_t)(m / 16) * steps + k / 32) * TILE + m % 16 * 64) + k % 32;
+            if (k + LANES <= map.in) {
+                store(at, load(row + k));
+            } else {
+                for (int i = 0; i < LANES; i++) put(at + i, k + i < map.in ? one(row + k + i) : 0.0f);
             }
         }
     }
 }
 
 static void prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads) {
-    if (precision == FP32) return generic_prepare(precision, from, rows, map, input, scale, threads);
-    (from.half ? prepare_tiles<uint16_t> : prepare_tiles<float>)(precision, from, rows, map, input, scale, threads);
+    if (precision != BF16) return generic_prepare(precision, from, rows, map, input, scale, threads);
+    (from.half ? prepare_halves<uint16_t> : prepare_halves<float>)(from, rows, map, input, threads);
 }
 
 // Panels of weights are read once for each batch: the next one is asked for while this one is used.
