@@ -7,8 +7,9 @@ Random weights, whole batches: speed only. With one thread a pass is timed by th
 do not lengthen; with more by the clock. Medians and quartiles over rounds, every round in another order. "sentences"
 are 32 texts whose lengths are drawn log-normally (median 25 tokens, 4 to 64): padded to the longest for engines that
 need it. "sliced" has half of all heads and neurons, "dial" hands on evenly fewer tokens from layer to layer, down to a
-fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits. OpenVINO's int8 is NNCF's post-training
-quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
+fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits; "masked" has 90 % of its weights at 0, "blocks"
+80 % of its blocks of 32 outputs and 64 inputs; "padded" runs sentences as if all were as long as the longest.
+OpenVINO's int8 is NNCF's post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from secateur.edits import DropTokens, Slice, apply_edits
 from secateur.families import sites
 from secateur.runtime import Precision, load
 from secateur.runtime.build import TIERS, library
+from secateur.sparsity.weights import prunable
 from secateur.subnetwork import SubNetwork
 
 MODELS = {
@@ -64,6 +66,10 @@ def variants() -> dict[str, tuple[str, Precision | None, Callable[[Any], Any]]]:
         found[f"{tier}.int8"] = tier, "int8", dense
         if tier == TIERS[best]:
             found |= {f"{tier}.int8 sliced": (tier, "int8", sliced), f"{tier}.int8 dial": (tier, "int8", dialled)}
+        found |= {
+            f"{tier}.int8 masked": (tier, "int8", partial(sparse, share=0.9, block=(1, 1))),
+            f"{tier}.int8 blocks": (tier, "int8", partial(sparse, share=0.8, block=(32, 64))),
+        }
         found |= {
             f"{tier}.a1": (tier, None, partial(binary, bits=1)),
             f"{tier}.a8": (tier, None, partial(binary, bits=8)),
@@ -95,6 +101,17 @@ def dialled(model: Any) -> Any:
     edit = DropTokens(tuple(1 - 0.8 * (n + 1) / layers for n in range(layers)), alpha=1.0)
     apply_edits(twin, [edit])
     hub.attach(twin, [edit])
+    return twin
+
+
+@torch.no_grad()
+def sparse(model: Any, share: float, block: tuple[int, int]) -> Any:
+    """So many of the blocks of the layers' maps at 0, by chance."""
+    twin, source = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for weight in prunable(twin).values():
+        rows, columns = block
+        kept = torch.rand(weight.shape[0] // rows, weight.shape[1] // columns, generator=source) >= share
+        weight *= kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return twin
 
 
@@ -170,6 +187,10 @@ class Rivals:
         }
         found |= {name: (lambda run=run: run(arrays)) for name, run in self.others.items()}  # type: ignore[misc]
         found |= {name: (lambda e=engine: e.encoded(ids, counts)) for name, engine in self.own.items()}  # type: ignore[misc]
+        if len(ids) < arrays["input_ids"].size:
+            full, longest = tensors["input_ids"].flatten() + 1, counts.new_full((len(counts),), max(lengths))
+            whole = [name for name in self.own if name.endswith("int8")]
+            found |= {f"{name} padded": (lambda e=self.own[name]: e.encoded(full, longest)) for name in whole}  # type: ignore[misc]
         return found
 
 

@@ -139,6 +139,10 @@ class NativeEncoder:
         )
         self.tier = TIERS[self._library.sec_tier(self._handle)]
         self.bytes = int(self._library.sec_bytes(self._handle))
+        counts = (ctypes.c_int64 * 4)()
+        self._library.sec_storage(self._handle, counts)
+        maps, masked, blocks, all_blocks = counts
+        self.storage = {"maps": maps, "masked": masked, "blocks": blocks / max(all_blocks, 1)}
 
     def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """See `Encoder`."""

@@ -195,7 +195,7 @@ class Engine:
         return EngineModule(self)
 
     def info(self) -> dict[str, Any]:
-        """What runs where: tier, precision, threads, speed-up, bytes of packed weights and of tables, layers left."""
+        """What runs where: tier, precision, threads, speed-up, bytes, layers, zeros left out (`Encoder.storage`)."""
         plan = self.plan
         tables = [table for table in (plan.words, plan.positions, plan.types) if table is not None]
         return {
@@ -206,6 +206,7 @@ class Engine:
             "bytes": self.encoder.bytes,
             "table_bytes": sum(table.nbytes for table in tables),
             "layers": self.layers,
+            "storage": self.encoder.storage,
         }
 
     def close(self) -> None:

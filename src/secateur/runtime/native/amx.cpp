@@ -24,21 +24,19 @@ SEC_INLINE void release() { asm volatile("tilerelease"); }
 // The intrinsics do not tell the compiler which memory tiles are read from and written to.
 SEC_INLINE void settle() { asm volatile("" ::: "memory"); }
 
-// Inputs that lie in one row of a tile.
-SEC_INLINE int step_of(Precision precision) { return precision == BF16 ? 32 : 64; }
-
 static void pack(Precision precision, const float* weight, Map& map) {
     if (precision != BF16) return generic_pack(precision, weight, map);
-    uint16_t* to = (uint16_t*)map.weights;  // panels of 16 outputs, pairs of inputs side by side
+    auto place = [](int n, int k, int deep) {  // 16 outputs, pairs of inputs side by side
+        return (((size_t)(n / 16) * (deep / 2) + k / 2) * 16 + n % 16) * 2 + k % 2;
+    };
     for (int n = 0; n < map.wide; n++)
-        for (int k = 0; k < map.deep; k++)
-            put(to + (((size_t)(n / 16) * (map.deep / 2) + k / 2) * 16 + n % 16) * 2 + k % 2, weight_at(weight, map, n, k));
+        over_inputs(map, n, place, [&](int k, size_t at) { put((uint16_t*)map.weights + at, weight_at(weight, map, n, k)); });
 }
 
 // Rows of bfloat16 in tiles: 16 rows of 64 bytes, then the next 64 bytes of the same rows.
 template <class From>
 static void prepare_halves(Rows from, int rows, const Map& map, void* input, int threads) {
-    const int steps = map.deep / step_of(BF16);
+    const int steps = map.deep / 32;
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
     for (int m = 0; m < rows; m++) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
@@ -105,8 +103,9 @@ struct Finished {
 template <Precision P, Activation A, bool SIGNED = true>
 static void tile_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
                          int threads) {
-    const int steps = map.deep / step_of(P), each = (32 + steps - 1) / steps, blocks = (rows + 31) / 32;
-    const size_t panel = (size_t)steps * TILE;
+    constexpr int WHOLE = P == BF16 ? 2 : 1;  // tiles of a block of 16 outputs
+    const int bands = (rows + 31) / 32;
+    const size_t stripe = (size_t)(map.deep / DEPTH) * WHOLE * TILE;  // 16 rows
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         configure();
@@ -114,15 +113,19 @@ static void tile_product(const void* input, const float* scale, int rows, const 
         int turn = 0;
 #pragma omp for schedule(dynamic, 1)
         for (int column = 0; column < map.wide; column += 32) {
-            const char* low = (const char*)map.weights + (size_t)(column / 16) * panel / (P == BINARY ? 8 : 1);
-            const char* next = P != BINARY && column + 32 < map.wide ? low + 2 * panel : nullptr;
-            if (P == BINARY) {
-                char* here = (char*)panels + (size_t)omp_get_thread_num() * 2 * panel;
-                spread(low, 2 * panel, (int8_t*)here);
-                low = here;
+            const Panel<char> panel = panel_of<char>(map, column);
+            const char *low = (const char*)map.weights + (size_t)map.blocks[column / WIDE] * 2 * WHOLE * TILE, *next = nullptr;
+            int ahead = 0;  // tiles of the next panel
+            if (P == BINARY || (P == INT8 && map.masks != nullptr)) {
+                int8_t* here = (int8_t*)panels + (size_t)omp_get_thread_num() * WIDE * map.deep;
+                low = (const char*)bytes_of(map, column, here).weights;
                 settle();
+            } else if (column + 32 < map.wide) {
+                next = low + (size_t)panel.count * 2 * WHOLE * TILE;
+                ahead = panel_of<char>(map, column + 32).count * 2 * WHOLE;
             }
-            const char* high = low + panel;
+            const int steps = panel.count * WHOLE, each = 32 / most(steps, 1) + 1;
+            const char* high = low + (size_t)steps * TILE;
             Finished<P, A> last;
             last.scale = scale;
             last.column = column;
@@ -131,21 +134,22 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 last.bias[half] = load(map.bias + column + half * LANES);
             }
             int asked = 0;
-            for (int block = 0; block < blocks; block++) {
-                const int row = block * 32;
+            for (int band = 0; band < bands; band++) {
+                const int row = band * 32;
                 const bool second = rows - row > 16;
-                const char* top = (const char*)input + (size_t)(row / 16) * panel;
-                const char* bottom = top + (second ? panel : 0);
+                const char* top = (const char*)input + (size_t)(row / 16) * stripe;
+                const char* bottom = top + (second ? stripe : 0);
                 _tile_zero(0);
                 _tile_zero(1);
                 _tile_zero(2);
                 _tile_zero(3);
                 for (int k = 0; k < steps; k++) {
                     const size_t at = (size_t)k * TILE;
+                    const size_t from = ((size_t)panel.steps[k / WHOLE] * WHOLE + k % WHOLE) * TILE;
                     _tile_loadd(6, low + at, 64);
-                    _tile_loadd(4, top + at, 64);
+                    _tile_loadd(4, top + from, 64);
                     _tile_loadd(7, high + at, 64);
-                    if (second) _tile_loadd(5, bottom + at, 64);
+                    if (second) _tile_loadd(5, bottom + from, 64);
                     if constexpr (P != BF16 && !SIGNED) {
                         _tile_dpbusd(0, 4, 6);
                         _tile_dpbusd(1, 4, 7);
@@ -168,7 +172,7 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                             _tile_dpbf16ps(3, 5, 7);
                         }
                     }
-                    if (next != nullptr && (block * steps + k) * 2 >= asked * blocks) {
+                    while (asked < ahead && (band * steps + k) * ahead >= asked * bands * steps) {
                         ask_for(next + (size_t)asked * TILE, TILE);
                         asked++;
                     }
@@ -332,7 +336,7 @@ static void attention(Rows qkv, const Attention& what, Rows to, int threads) {
 }  // namespace
 
 const Kernels amx_kernels = {
-    "amx", true, attention_scratch, generic_packed_bytes, pack, generic_pack_signs,
+    "amx", true, true, attention_scratch, pack, generic_pack_signs,
     prepare, product, attention, generic_add_norm,
     generic_add, generic_norm, generic_rotate, generic_multiply};
 

@@ -28,6 +28,7 @@ namespace {
 constexpr size_t LARGE = 1 << 21;  // bytes of a large page
 constexpr int CHUNK = 256;  // tokens of whole examples that go through the layers together, so that they stay in cache
 constexpr int MOST_ENTERING = 512;  // where most of them go on the way
+constexpr double MASKED = 0.75;  // share of its bytes that a map may take at most for its zeros to be left out
 
 struct Freed {
     void operator()(void* p) const { free(p); }
@@ -91,7 +92,8 @@ struct sec_encoder {
     char* free_from = nullptr;
     size_t left = 0;
     int64_t bytes = 0;
-    bool spread = false;  // some map is binary
+    bool spread = false;  // some map is kept in fewer bytes than are multiplied
+    int64_t maps = 0, masked = 0, blocks = 0, all_blocks = 0;
     int widest = 0, deepest = 0, widest_context = 0, widest_head = 0, most_heads = 0;
     Norm last;
     bool norms_before = false;
@@ -108,8 +110,7 @@ struct sec_encoder {
         map.out = given.out;
         map.in = given.in;
         map.wide = up_to(given.out, WIDE);
-        map.deep = map.precision == FP32 ? up_to(given.in, 16) : up_to(given.in, DEPTH);
-        map.bytes = kernels->packed_bytes(map.precision, map.wide, map.deep);
+        map.deep = up_to(given.in, DEPTH);
         map.bias = floats(given.bias, given.out, map.wide);
         if (map.precision == INT8 || map.precision == BINARY) {
             map.scale = floats(given.scale, given.out, map.wide);
@@ -121,16 +122,74 @@ struct sec_encoder {
             map.levels = levels_of(given.levels, given.in);
             spread = true;
         }
-        if (map.deep > 0) {
-            map.weights = hold(map.bytes);
-            if (map.precision == BINARY)
-                kernels->pack_signs(given.signs, map);
-            else
-                kernels->pack(map.precision, given.weight, map);
+        find_blocks(given, map);
+        const size_t count = (size_t)map.blocks[map.wide / WIDE] * WIDE * DEPTH;
+        if (map.precision == BINARY) {
+            map.weights = hold(count / 8);
+            kernels->pack_signs(given.signs, map);
+        } else if (map.precision == INT8 && kernels->masks && expands()) {
+            const Memory plain = allocate(count);
+            map.weights = plain.get();
+            kernels->pack(INT8, given.weight, map);
+            keep_bytes(plain.get(), count, map);
+        } else {
+            map.weights = hold(count * (map.precision == FP32 ? 4 : map.precision == BF16 ? 2 : 1));
+            kernels->pack(map.precision, given.weight, map);
         }
+        maps++;
         widest = most(widest, map.wide);
         deepest = most(deepest, map.deep);
         return map;
+    }
+
+    // The blocks of a map that are not all 0, of the panels' outputs one after the other.
+    void find_blocks(const sec_map& given, Map& map) {
+        const int across = map.deep / DEPTH, panels = map.wide / WIDE;
+        auto empty = [&](int panel, int step) {
+            if (given.signs != nullptr) return false;
+            const int from = step * DEPTH, to = least(from + DEPTH, given.in);
+            for (int n = panel * WIDE; n < least((panel + 1) * WIDE, given.out); n++)
+                for (int k = from; k < to; k++)
+                    if (given.weight[(size_t)n * given.in + k] != 0) return false;
+            return true;
+        };
+        std::vector<int32_t> steps;
+        map.blocks = (int32_t*)hold((size_t)(panels + 1) * sizeof(int32_t));
+        map.blocks[0] = 0;
+        for (int panel = 0; panel < panels; panel++) {
+            for (int step = 0; step < across; step++)
+                if (!empty(panel, step)) steps.push_back(step);
+            map.blocks[panel + 1] = (int32_t)steps.size();
+        }
+        map.steps = (int32_t*)hold(steps.size() * sizeof(int32_t));
+        if (!steps.empty()) memcpy(map.steps, steps.data(), steps.size() * sizeof(int32_t));
+        blocks += (int64_t)steps.size();
+        all_blocks += (int64_t)across * panels;
+    }
+
+    // Keeps packed bytes: those that are not 0 and where they are, if that takes clearly fewer.
+    void keep_bytes(const char* plain, size_t count, Map& map) {
+        size_t there = 0;
+        for (size_t i = 0; i < count; i++) there += plain[i] != 0;
+        if ((double)(there + count / 8) >= MASKED * (double)count) {
+            map.weights = hold(count);
+            memcpy(map.weights, plain, count);
+            return;
+        }
+        map.weights = hold(there);
+        map.masks = (uint64_t*)hold(count / 8);
+        map.values = (size_t*)hold((size_t)(map.wide / WIDE) * sizeof(size_t));
+        memset(map.values, 0, (size_t)(map.wide / WIDE) * sizeof(size_t));
+        char* to = (char*)map.weights;
+        for (size_t i = 0, panel = 0; i < count; i++) {
+            for (; i == (size_t)map.blocks[panel] * WIDE * DEPTH; panel++) map.values[panel] = to - (char*)map.weights;
+            if (i % 64 == 0) map.masks[i / 64] = 0;
+            if (plain[i] == 0) continue;
+            map.masks[i / 64] |= (uint64_t)1 << i % 64;
+            *to++ = plain[i];
+        }
+        spread = true;
+        masked++;
     }
 
     // A copy, padded with zeros; zeros of null.
@@ -427,6 +486,10 @@ sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* w
 void sec_close(sec_encoder* encoder) { delete encoder; }
 int32_t sec_tier(const sec_encoder* encoder) { return encoder->tier; }
 int64_t sec_bytes(const sec_encoder* encoder) { return encoder->bytes; }
+void sec_storage(const sec_encoder* encoder, int64_t* found) {
+    const int64_t held[] = {encoder->maps, encoder->masked, encoder->blocks, encoder->all_blocks};
+    memcpy(found, held, sizeof held);
+}
 
 int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
                   const int32_t* starts, int32_t examples, float* x, int32_t threads) {

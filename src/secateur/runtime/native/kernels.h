@@ -9,8 +9,8 @@ namespace secateur {
 enum Precision : int { FP32 = 0, BF16 = 1, INT8 = 2, BINARY = 3 };
 enum Activation : int { NONE = 0, GELU = 1, RELU = 2, GELU_TANH = 3 };
 
-constexpr int WIDE = 32;    // what outputs are padded to
-constexpr int DEPTH = 64;   // what inputs are padded to
+constexpr int WIDE = 32;    // outputs of a panel, what outputs are padded to
+constexpr int DEPTH = 64;   // inputs of a block of a panel, what inputs are padded to
 constexpr int BLOCK = 32;   // what rows of buffers are padded to
 constexpr int SLACK = 256;  // bytes that may be read beyond a buffer
 constexpr int SHORT = 4;    // texts of up to so many times the queries that score are scored by all of theirs
@@ -33,11 +33,16 @@ struct Map {
     Levels levels;                    // of the rows that a binary map is given
     int out = 0, in = 0;              // as given
     int wide = 0, deep = 0;           // padded
-    void* weights = nullptr;          // in the order of the tier
+    // Panels of WIDE outputs, of which those blocks of DEPTH inputs are there that are not all 0: panel p has blocks[p] to
+    // blocks[p + 1], and steps[b] is where the inputs of block b begin, in blocks.
+    int32_t *blocks = nullptr, *steps = nullptr;
+    void* weights = nullptr;          // panel after panel, in the order of the tier
+    // Null, or of each 64 bytes of weights which are not 0: only these are kept, panel p's from values[p] on.
+    uint64_t* masks = nullptr;
+    size_t* values = nullptr;
     float* bias = nullptr;            // wide
     float* scale = nullptr;           // wide: of int8 weights, or of a binary map's whole products
     int32_t* sums = nullptr;          // wide: of int8 or binary weights
-    size_t bytes = 0;
 };
 
 // Rows of intermediate results: floats, or their upper halves (bfloat16) where products are not in fp32. Those of a binary
@@ -76,13 +81,13 @@ struct Attention {
 struct Kernels {
     const char* name;
     bool halves;  // attention is given levels as bfloat16
+    bool masks;   // products read bytes of which only those that are not 0 are kept
     size_t (*attention_scratch)(int width, int tokens);  // floats that one thread needs
-    size_t (*packed_bytes)(Precision precision, int wide, int deep);
     void (*pack)(Precision precision, const float* weight, Map& map);
     void (*pack_signs)(const uint64_t* words, Map& map);  // rows of words, the first sign in the lowest bit
     // Rows as a product reads them: `input` has rows x map.deep entries of the precision, `scale` one for each row.
     void (*prepare)(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads);
-    // `panels`: 32 x map.deep bytes for each thread, where binary weights are spread out.
+    // `panels`: WIDE x map.deep bytes for each thread, where weights are spread out that are kept in fewer.
     void (*product)(Precision precision, const void* input, const float* scale, int rows, const Map& map,
                     Activation activation, Rows to, void* panels, int threads);
     // qkv: queries, keys and values side by side, each heads x width.

@@ -11,18 +11,20 @@ namespace {
 template <Activation A, bool SIGNED>
 static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
                          int threads) {
-    over_panels(map, 16, panels, threads, [&](int column, const int8_t* panel) {
+    over_panels(map, panels, threads, [&](int column, const Panel<int8_t>& panel) {
         for (int row = 0; row < rows; row++) {
-            const int8_t* from = (const int8_t*)input + (size_t)row * map.deep;
-            int32_t sums[16];
-            for (int n = 0; n < 16; n++) {
-                const int8_t* weights = panel + (size_t)n * map.deep;
+            int32_t sums[WIDE];
+            for (int n = 0; n < WIDE; n++) {
+                const int8_t* weights = panel.from(n);
                 int32_t sum = 0;
-                for (int k = 0; k < map.deep; k++)
-                    sum += (SIGNED ? (int16_t)from[k] : (int16_t)(uint8_t)from[k]) * (int16_t)weights[k];
+                for (int block = 0; block < panel.count; block++, weights += DEPTH) {
+                    const int8_t* from = (const int8_t*)input + (size_t)row * map.deep + panel.steps[block] * DEPTH;
+                    for (int k = 0; k < DEPTH; k++)
+                        sum += (SIGNED ? (int16_t)from[k] : (int16_t)(uint8_t)from[k]) * (int16_t)weights[k];
+                }
                 sums[n] = sum;
             }
-            finish_whole<A>(sums, scale, row, column, map, to);
+            for (int n = 0; n < WIDE; n += 16) finish_whole<A>(sums + n, scale, row, column + n, map, to);
         }
     });
 }
@@ -30,7 +32,7 @@ static void byte_product(const void* input, const float* scale, int rows, const 
 }  // namespace
 
 const Kernels portable_kernels = {
-    "portable", false, generic_attention_scratch, generic_packed_bytes, generic_pack, generic_pack_signs,
+    "portable", false, false, generic_attention_scratch, generic_pack, generic_pack_signs,
     generic_prepare, product, generic_attention, generic_add_norm,
     generic_add, generic_norm, generic_rotate, generic_multiply};
 

@@ -7,38 +7,61 @@ namespace {
 
 // --- packing -------------------------------------------------------------------------------------------------------
 
-static size_t generic_packed_bytes(Precision precision, int wide, int deep) {
-    if (precision == BINARY) return (size_t)wide * deep / 8;
-    return (size_t)wide * deep * (precision == FP32 ? 4 : precision == BF16 ? 2 : 1);
-}
-
 static float weight_at(const float* weight, const Map& map, int out, int in) {
     return out < map.out && in < map.in ? weight[(size_t)out * map.in + in] : 0.0f;
 }
 
-// Where a weight of one byte goes. Panels of 16 outputs, four inputs side by side, are what VNNI and AMX read; loops read
-// an output's weights one behind the other.
-SEC_INLINE size_t byte_place(const Map& map, int n, int k) {
+// What is there of a panel's weights.
+template <class Value>
+struct Panel {
+    const Value* weights;
+    const int32_t* steps;  // where the inputs of each block begin, in blocks
+    int count;             // of blocks
+
+    // The weights of the panel's outputs from n on, where those of `n` lie one behind the other.
+    const Value* from(int n) const { return weights + (size_t)n * count * DEPTH; }
+};
+
+template <class Value>
+SEC_INLINE Panel<Value> panel_of(const Map& map, int column) {
+    const int32_t* found = map.blocks + column / WIDE;
+    return {(const Value*)map.weights + (size_t)found[0] * WIDE * DEPTH, map.steps + found[0], found[1] - found[0]};
+}
+
+// Calls `then` with each input of which output n has a weight, and where that goes: `place` says so within a panel.
+template <class Place, class Then>
+SEC_INLINE void over_inputs(const Map& map, int n, Place place, Then then) {
+    const int begin = map.blocks[n / WIDE], count = map.blocks[n / WIDE + 1] - begin;
+    for (int k = 0; k < count * DEPTH; k++)
+        then(map.steps[begin + k / DEPTH] * DEPTH + k % DEPTH,
+             (size_t)begin * WIDE * DEPTH + place(n % WIDE, k, count * DEPTH));
+}
+
+// Where a weight of one byte goes in its panel of `deep` inputs. 16 outputs, four inputs side by side, are what VNNI and
+// AMX read; loops read an output's weights one behind the other.
+SEC_INLINE size_t byte_place(int n, int k, int deep) {
 #ifdef SEC_ROW_AFTER_ROW
-    return (size_t)n * map.deep + k;
+    return (size_t)n * deep + k;
 #else
-    return (((size_t)(n / 16) * (map.deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4;
+    return (((size_t)(n / 16) * (deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4;
 #endif
 }
+
+// And one that is multiplied as a float: outputs side by side, input after input.
+SEC_INLINE size_t float_place(int n, int k, int deep) { return ((size_t)(n / PANEL) * deep + k) * PANEL + n % PANEL; }
 
 // Signs in the order of bytes, a bit each; what is beyond a map is -1.
 static void generic_pack_signs(const uint64_t* words, Map& map) {
     uint8_t* to = (uint8_t*)map.weights;
-    memset(to, 0, map.bytes);
+    memset(to, 0, (size_t)map.wide * map.deep / 8);
     const int each = up_to(map.in, 64) / 64;
     for (int n = 0; n < map.wide; n++) {
         map.sums[n] = -map.deep;
-        for (int k = 0; k < map.in && n < map.out; k++) {
-            if (!(words[(size_t)n * each + k / 64] >> (k % 64) & 1)) continue;
-            const size_t at = byte_place(map, n, k);
+        over_inputs(map, n, byte_place, [&](int k, size_t at) {
+            if (n >= map.out || k >= map.in || !(words[(size_t)n * each + k / 64] >> (k % 64) & 1)) return;
             to[at / 8] |= (uint8_t)(1 << at % 8);
             map.sums[n] += 2;
-        }
+        });
     }
 }
 
@@ -69,28 +92,24 @@ static void pack_int8(const float* weight, Map& map) {
             high = size > high ? size : high;
         }
         map.scale[n] = high / 127;
-        float factor = high > 0 ? 127 / high : 0;
         map.sums[n] = 0;
-        for (int k = 0; k < map.deep; k++) {
-            int8_t level = (int8_t)lrintf(weight_at(weight, map, n, k) * factor);
-            map.sums[n] += level;
-            to[byte_place(map, n, k)] = level;
-        }
+        const float factor = high > 0 ? 127 / high : 0;
+        over_inputs(map, n, byte_place, [&](int k, size_t at) {
+            to[at] = (int8_t)lrintf(weight_at(weight, map, n, k) * factor);
+            map.sums[n] += to[at];
+        });
     }
 }
 
-// fp32 and bf16: panels of outputs, input after input.
 [[maybe_unused]] static void generic_pack(Precision precision, const float* weight, Map& map) {
     if (precision == INT8) return pack_int8(weight, map);
     for (int n = 0; n < map.wide; n++)
-        for (int k = 0; k < map.deep; k++) {
-            size_t at = ((size_t)(n / PANEL) * map.deep + k) * PANEL + n % PANEL;
-            float value = weight_at(weight, map, n, k);
+        over_inputs(map, n, float_place, [&](int k, size_t at) {
             if (precision == FP32)
-                ((float*)map.weights)[at] = value;
+                ((float*)map.weights)[at] = weight_at(weight, map, n, k);
             else
-                put((uint16_t*)map.weights + at, value);
-        }
+                put((uint16_t*)map.weights + at, weight_at(weight, map, n, k));
+        });
 }
 
 // --- rows into what a product reads --------------------------------------------------------------------------------
@@ -220,18 +239,22 @@ SEC_INLINE void finish(Rows to, int row, int column, vf value) {
         store((float*)to.data + (size_t)row * to.stride + column, activated<A, false>(value));
 }
 
-// R rows times a panel of outputs.
+// R rows times PANEL outputs.
 template <int R, Activation A, class Value>
-SEC_INLINE void float_panel(const Value* input, const Value* panel, int row, int column, const Map& map, Rows to) {
+SEC_INLINE void float_panel(const Value* input, const Panel<Value>& panel, int row, int column, const Map& map, Rows to) {
     vf sums[R][2];
     SEC_UNROLL for (int r = 0; r < R; r++) sums[r][0] = load(map.bias + column), sums[r][1] = load(map.bias + column + LANES);
+    const Value* weights = panel.from(column % WIDE);
     const Value* from = input + (size_t)row * map.deep;
-    for (int k = 0; k < map.deep; k++) {
-        vf low = load(panel + (size_t)k * PANEL), high = load(panel + (size_t)k * PANEL + LANES);
-        SEC_UNROLL for (int r = 0; r < R; r++) {
-            vf x = splat(one(from + (size_t)r * map.deep + k));
-            sums[r][0] += x * low;
-            sums[r][1] += x * high;
+    for (int block = 0; block < panel.count; block++) {
+        const int begin = panel.steps[block] * DEPTH;
+        for (int k = begin; k < begin + DEPTH; k++, weights += PANEL) {
+            const vf low = load(weights), high = load(weights + LANES);
+            SEC_UNROLL for (int r = 0; r < R; r++) {
+                const vf x = splat(one(from + (size_t)r * map.deep + k));
+                sums[r][0] += x * low;
+                sums[r][1] += x * high;
+            }
         }
     }
     SEC_UNROLL for (int r = 0; r < R; r++) {
@@ -244,7 +267,7 @@ template <Activation A, class Value>
 [[maybe_unused]] static void float_product(const void* input, int rows, const Map& map, Rows to, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int column = 0; column < map.wide; column += PANEL) {
-        const Value* panel = (const Value*)map.weights + (size_t)column * map.deep;
+        const Panel<Value> panel = panel_of<Value>(map, column);
         int row = 0;
         for (; row + SEC_ROWS <= rows; row += SEC_ROWS)
             float_panel<SEC_ROWS, A, Value>((const Value*)input, panel, row, column, map, to);
@@ -265,21 +288,40 @@ template <Activation A>
     for (int n = 0; n < 16; n += LANES) finish_whole<A>(*(const vi*)(sums + n), scale, row, column + n, map, to);
 }
 
-// Calls `then` with the bytes of each `step` outputs' weights: those that are packed, or signs, spread out in `panels`.
-template <class Then>
-SEC_INLINE void over_panels(const Map& map, int step, void* panels, int threads, Then then) {
-    const size_t panel = (size_t)step * map.deep;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int column = 0; column < map.wide; column += step) {
-        const size_t from = (size_t)column * map.deep;
-        const int8_t* weights = (const int8_t*)map.weights + from;
-        if (map.precision == BINARY) {
-            int8_t* here = (int8_t*)panels + (size_t)omp_get_thread_num() * 32 * map.deep;
-            spread((const char*)map.weights + from / 8, panel, here);
-            weights = here;
-        }
-        then(column, weights);
+#ifdef __AVX512BW__
+// Bytes of which only those that are not 0 are kept; `count` is a multiple of 64.
+__attribute__((target("avx512vbmi2"))) static void expand(const uint64_t* masks, const int8_t* kept, size_t count, int8_t* to) {
+    for (size_t i = 0; i < count / 64; i++) {
+        _mm512_storeu_si512(to + 64 * i, _mm512_maskz_expandloadu_epi8(masks[i], kept));
+        kept += __builtin_popcountll(masks[i]);
     }
+}
+#endif
+
+// Weights of one byte of the panel that a column begins, as they are packed, or `here` if they are kept in fewer.
+SEC_INLINE Panel<int8_t> bytes_of(const Map& map, int column, int8_t* here) {
+    Panel<int8_t> panel = panel_of<int8_t>(map, column);
+    const size_t count = (size_t)panel.count * WIDE * DEPTH;
+    if (map.precision == BINARY) {
+        spread((const char*)map.weights + (size_t)column * map.deep / 8, count, here);
+        panel.weights = here;
+    }
+#ifdef __AVX512BW__
+    if (map.masks != nullptr) {
+        const uint64_t* masks = map.masks + (size_t)map.blocks[column / WIDE] * WIDE;
+        expand(masks, (const int8_t*)map.weights + map.values[column / WIDE], count, here);
+        panel.weights = here;
+    }
+#endif
+    return panel;
+}
+
+// Calls `then` with each panel's weights of one byte.
+template <class Then>
+[[maybe_unused]] SEC_INLINE void over_panels(const Map& map, void* panels, int threads, Then then) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int column = 0; column < map.wide; column += WIDE)
+        then(column, bytes_of(map, column, (int8_t*)panels + (size_t)omp_get_thread_num() * WIDE * map.deep));
 }
 
 // Products of inputs of one byte, with a sign or without, which a tier defines; one that has other products of its own says SEC_OWN_PRODUCT.

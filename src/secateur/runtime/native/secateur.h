@@ -93,6 +93,9 @@ SEC_API sec_encoder* sec_open(const sec_config* config, const sec_layer* layers,
 SEC_API void sec_close(sec_encoder* encoder);
 SEC_API int32_t sec_tier(const sec_encoder* encoder);
 SEC_API int64_t sec_bytes(const sec_encoder* encoder);
+// Four numbers: maps; those of which only the weights that are not 0 are kept; blocks of 32 outputs and 64 inputs that are
+// there; and how many there would be without zeros.
+SEC_API void sec_storage(const sec_encoder* encoder, int64_t* found);
 // x: tokens x width, of ids that lie one behind the other; `types` holds each token's, or is null where all are 0.
 // 0, or what is out of range: 1 an id, 2 an example's length, 3 a type.
 SEC_API int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,

@@ -13,6 +13,16 @@ namespace {
 
 enum Tier { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
 
+// Whether bytes can be spread out by a mask; asked only where AVX-512 is there.
+bool expands() {
+#if defined(SEC_AVX512) && defined(__linux__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 6 & 1);  // VBMI2
+#else
+    return false;
+#endif
+}
+
 #if defined(SEC_AVX2) && defined(__linux__)
 unsigned long long enabled_state() {
     unsigned low, high;
