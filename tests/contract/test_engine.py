@@ -434,3 +434,19 @@ def test_engines_side_by_side(tmp_path: Path) -> None:
     for names, message in (((), "at least one engine"), (["tflite"], "not 'tflite'")):
         with pytest.raises(SecateurError, match=message):
             secateur.compare_engines(tmp_path, names)
+
+
+@pytest.mark.parametrize("tier", NATIVE)
+def test_int8_keeps_words_in_bytes(tier: str) -> None:
+    """99 words of 128 bytes with a scale each; 512 positions and 2 types in float32."""
+    model = wide_model()
+    with torch.no_grad():  # rows that 8 bits hold exactly: the table changes no logits
+        words = model.bert.embeddings.word_embeddings.weight
+        words.copy_(torch.randint(-127, 128, words.shape, generator=torch.Generator().manual_seed(0)) / 256)
+        words[:, 0] = 127 / 256
+    rows = examples([9, 1, 30])
+    with load(model, "int8", tier=tier) as engine:
+        assert engine.info()["table_bytes"] == 99 * (128 + 4) + 4 * 128 * (512 + 2)
+        assert torch.equal(engine.plan.words(torch.arange(99)), words.detach())
+        wanted = alone(model, rows)
+        assert (engine(rows) - wanted).abs().max() <= 0.15 * wanted.abs().max()

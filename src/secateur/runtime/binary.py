@@ -116,6 +116,10 @@ class Table:
         """Bytes of rows and scales."""
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
+    def rounded(self) -> Table:
+        """The table with rows of floats in 8 bits, each with its own scale."""
+        return self if self.scale is not None else Table(*int8_rows(self.values), self.width)
+
     def __call__(self, ids: Tensor) -> Tensor:
         """Rows of ids, (..., width) float32."""
         rows = self.values[ids]

@@ -92,7 +92,7 @@ class Engine:
     def __init__(self, plan: Plan, tokenizer: Any, precision: Precision, threads: int, tier: str | None = None) -> None:
         self.tokenizer, self.threads = tokenizer, threads
         self.layers = [{"heads": layer.heads, "neurons": layer.neurons} for layer in plan.layers]
-        self.encoder = _encoder(plan, precision, tier)
+        self.encoder, plan = _encoder(plan, precision, tier)
         self.precision = precision if self.encoder.tier != "torch" or plan.binary else "fp32"
         self._plan: Plan | None = replace(plan, layers=())
         self._alpha = plan.dropping.edit.alpha if plan.dropping is not None else 0.0
@@ -283,15 +283,17 @@ def _head(plan: Plan, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _encoder(plan: Plan, precision: Precision, tier: str | None) -> Encoder:
+def _encoder(plan: Plan, precision: Precision, tier: str | None) -> tuple[Encoder, Plan]:
+    """What runs the layers, and the plan whose tables it reads."""
     if tier not in (None, "torch", *TIERS):
         raise SecateurError(f"A tier is {', '.join(TIERS)} or torch, not {tier!r}.")
     if tier == "torch":
-        return TorchEncoder(plan)
+        return TorchEncoder(plan), plan
+    small = replace(plan, words=plan.words.rounded()) if precision == "int8" else plan
     try:
-        return NativeEncoder(plan, precision, tier)
+        return NativeEncoder(small, precision, tier), small
     except CannotBuild as error:
         if tier is not None:
             raise
         warnings.warn(f"{error} Until then torch computes, in fp32.", stacklevel=3)
-        return TorchEncoder(plan)
+        return TorchEncoder(plan), plan
