@@ -26,7 +26,7 @@ from transformers import (
 
 import secateur
 from secateur import hub
-from secateur.bits.integer import Operand, PackedLinear, bits_by_table, product, thresholds
+from secateur.bits.integer import Operand, PackedLinear, bits_by_table, by_table, product, thresholds
 from secateur.bits.modules import SAMPLE, BinaryLinear, Quantizer, _Calibration, calibrate, quantizers
 from secateur.bits.quantizers import Levels, to_levels
 from secateur.edits import apply_edits
@@ -457,7 +457,8 @@ def test_a_table_of_exponentials_decides_as_softmax_does() -> None:
     factor, alpha = torch.tensor(0.07), torch.tensor(0.09)
     keep = torch.ones(2, 1, 1, 50, dtype=torch.bool)
     keep[1, ..., 30:] = False
-    found = bits_by_table(whole, 64, factor, alpha, keep)
+    exponentials = by_table(whole, 64, factor, keep)
+    found = bits_by_table(exponentials, alpha)
     scores = (whole.float() * factor).masked_fill(~keep, torch.finfo(torch.float32).min)
     wanted = to_levels(scores.softmax(-1, dtype=torch.float64), alpha, None, Levels(1, False))
     assert torch.equal(found.double(), wanted)
