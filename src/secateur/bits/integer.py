@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.bits.modules import AttentionBits, BinaryLinear, is_binary, masked
+from secateur.bits.modules import AttentionBits, BinaryLinear, Dropout, is_binary, masked
 from secateur.bits.packing import packed
 from secateur.bits.quantizers import LEAST_ALPHA, Levels, to_levels
 from secateur.errors import SecateurError
@@ -145,7 +145,7 @@ class PackedAttention(AttentionBits):
     hands_on: Tensor | None  # thresholds of the context, (heads, 1, head width)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: Dropout, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """As `AttentionBits`; a head whose operands have one bit looks its exponentials up."""
         given = {"query": query, "key": key, "value": value}
@@ -163,6 +163,7 @@ class PackedAttention(AttentionBits):
         else:
             probabilities = masked(whole.to(query.dtype) * factor, mask).softmax(dim=-1, dtype=torch.float64)
             p = self.of("probs")(probabilities)[0]
+        probabilities = self.dropped(probabilities, dropout)  # the same: in training there is no twin
         values = Operand.of(levels["value"].transpose(-1, -2), self.of("value").levels)
         context = product(Operand.of(p, self.of("probs").levels), values)
         if self.hands_on is not None:

@@ -137,6 +137,13 @@ class AttentionBits(nn.ModuleDict):
         """The quantiser of an operand."""
         return cast(Quantizer, self[operand])
 
+    def dropped(self, probabilities: Tensor, dropout: Dropout) -> Tensor:
+        """Probabilities, of which some are zero in training."""
+        if isinstance(dropout, nn.Module):  # which hooks may look at
+            found: Tensor = dropout(probabilities)
+            return found
+        return drop(probabilities, dropout, self.training)
+
     @torch.no_grad()
     def rounded(self, operand: str, x: Tensor) -> Tensor:
         """Levels of an operand, in its shape."""
@@ -151,11 +158,7 @@ class AttentionBits(nn.ModuleDict):
             (q, of_q), (k, of_k), (v, of_v) = self["query"](query), self["key"](key), self["value"](value)
             scores = masked((q @ k.transpose(-1, -2)) * (of_q * of_k * scaling), mask)
             probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
-            if isinstance(dropout, nn.Module):
-                dropped = dropout(probabilities)
-            else:
-                dropped = drop(probabilities, dropout, self.training)
-            p, of_p = self["probs"](dropped)
+            p, of_p = self["probs"](self.dropped(probabilities, dropout))
             return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities.to(query.dtype)
 
 
