@@ -126,7 +126,7 @@ class Recipe:
         names = [stage.does.name for stage in stages]
         if "bit" in names and names[names.index("bit") + 1 :] not in ([], ["late"]):
             raise SecateurError(
-                "bit is the last stage, or the last but late: a binary model cannot be cut any more, its tokens apart."
+                "bit is the last stage, or late comes behind it: a binary model cannot be cut any more, but for its tokens."
             )
         return cls(model=recipe["model"], task=task, stages=stages, **given)
 

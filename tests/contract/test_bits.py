@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,15 +28,19 @@ from transformers import (
 import secateur
 from secateur import hub
 from secateur.bits.integer import Operand, PackedLinear, bits_by_table, by_table, product, thresholds
-from secateur.bits.modules import SAMPLE, BinaryLinear, Quantizer, _Calibration, calibrate, quantizers
+from secateur.bits.modules import SAMPLE, AttentionBits, BinaryLinear, Quantizer, _Calibration, calibrate, quantizers
 from secateur.bits.quantizers import Levels, to_levels
-from secateur.edits import apply_edits
+from secateur.edits import DropTokens, apply_edits
 from secateur.edits.binarize import Binarize, places
 from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import FAMILIES
+from secateur.tokens.attention import attention
+from secateur.tokens.specs import TOKEN_SPECS
+from secateur.tokens.state import CURRENT, Pass, Selection
 from tests.conftest import BERT, tiny_batch, tiny_model
 from tests.contract.test_families import cut
 from tests.contract.test_round_trip import auto_class, edit_config
+from tests.contract.test_tokens import ragged
 
 BINARY = [name for name, family in FAMILIES.items() if family.plain_products]
 
@@ -411,11 +416,166 @@ def test_bad_input() -> None:
     assert not any(isinstance(module, BinaryLinear) for one in (model, tied) for module in one.modules())
     with pytest.raises(UnsupportedModel, match="reads no words"):
         secateur.binarize(tiny_model("vit"), [tiny_batch("vit")])  # type: ignore[arg-type]
-    late: Any = tiny_model("bert")
-    secateur.apply_edits(late, [secateur.DropTokens((0.5,) * 3)])
-    with pytest.raises(SecateurError, match="eliminates tokens"):
-        secateur.binarize(late, [batch])
     assert "encoder.layer.0.attention.self:probs" in places(tiny_model("bert"))
+
+
+# --- token elimination ------------------------------------------------------------------------------------------------
+
+DROPPING = [name for name in BINARY if name in TOKEN_SPECS]
+DROPPING_FORMS = [(f, packed) for f in DROPPING for packed in (False, True) if not (packed and f == "mpnet")]
+
+
+def eliminating(model: Any, alpha: float = 1.0, **changes: Any) -> Any:
+    """The model with a dial that is saved with it."""
+    edit = DropTokens(**{"profile": (0.8, 0.55, 0.3), "tokens": 16, "alpha": alpha, **changes})
+    secateur.apply_edits(model, [edit])
+    hub.attach(model, [edit])
+    return model
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("family", DROPPING)
+def test_a_binary_model_gets_a_dial(family: str, bits: int, tmp_path: Path) -> None:
+    batch = ragged((9, 4, 13, 1))
+    model = eliminating(binary(family, bits))
+    dense, found = logits(binary(family, bits), batch), logits(model, batch)
+    assert float((found - dense).abs().max()) > 0.01  # tokens did go
+    with model.secateur.at(0.0):
+        assert torch.equal(logits(model, batch), dense)
+    torch.testing.assert_close(logits(secateur.packed_twin(model), batch), found, atol=1e-6, rtol=0)
+    model.secateur.speedup = 1.7
+    found = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    again = hub.open_model(tmp_path)
+    assert [edit.type for edit in hub.edits_of(again)] == ["binarize", "drop_tokens"]
+    assert again.secateur.speedup == model.secateur.speedup >= 1.7
+    assert torch.equal(logits(again, batch), found)
+    again.secateur.speedup = 1
+    assert torch.equal(logits(again, batch), dense)
+    again.save_pretrained(tmp_path / "again")
+    third: Any = hub.open_model(tmp_path / "again")
+    assert third.secateur.alpha == 0
+    assert all(torch.equal(a, b) for a, b in zip(third.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_the_order_of_bits_and_dial_does_not_matter(family: str, tmp_path: Path) -> None:
+    """What is calibrated is the dense model; other bits may come later, and elimination stays."""
+    batch = ragged((9, 4, 13))
+    model: Any = eliminating(tiny_model(family))
+    secateur.binarize(model, [tiny_batch(family, seed=5)])
+    usual: Any = tiny_model(family)
+    secateur.binarize(usual, [tiny_batch(family, seed=5)])
+    dense = logits(usual, batch)
+    assert torch.equal(logits(model, batch), logits(eliminating(usual), batch))
+    with model.secateur.at(0.0):
+        assert torch.equal(logits(model, batch), dense)
+    model.save_pretrained(tmp_path)
+    again: Any = hub.open_model(tmp_path)
+    assert [edit.type for edit in hub.edits_of(again)] == ["drop_tokens", "binarize"]
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    for one in (usual, model):
+        secateur.binarize(one, [batch], 4)
+    assert torch.equal(logits(usual, batch), logits(model, batch))
+    assert not torch.allclose(logits(usual, batch), logits(again, batch), atol=1e-3)
+    with pytest.raises(SecateurError, match="binarize it last"):
+        secateur.apply_edits(model, [secateur.Slice(secateur.SubNetwork.full(model))])
+
+
+@pytest.mark.parametrize(("family", "packed"), DROPPING_FORMS)
+@pytest.mark.parametrize("how", ["plain", "smoothed", "attention, diagonal", "few queries", "two bits"])
+def test_a_binary_example_does_not_depend_on_its_batch(family: str, packed: bool, how: str) -> None:
+    lengths = (9, 4, 13, 9, 1)
+    settings: dict[str, dict[str, Any]] = {
+        "smoothed": {"beta": 0.5},
+        "attention, diagonal": {"weighting": "attention", "diagonal": True},
+        "few queries": {"queries": 2},
+    }
+    model = eliminating(binary(family, 2 if how == "two bits" else 1), **settings.get(how, {}))
+    model.secateur.packed = packed
+    found = logits(model, ragged(lengths))
+    torch.testing.assert_close(logits(model, ragged(lengths, width=20)), found, atol=1e-6, rtol=0)
+    for row, n in enumerate(lengths):
+        alone = {name: tensor[row : row + 1, :n] for name, tensor in ragged(lengths).items()}
+        torch.testing.assert_close(logits(model, alone), found[row : row + 1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("queries", [64, 2])
+@pytest.mark.parametrize("family", DROPPING)
+def test_the_form_for_export_of_a_binary_model(family: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = eliminating(binary(family), queries=queries, profile=(0.8, 0.8, 0.3))
+    batch = ragged((9, 4, 13, 9, 1), width=15)
+    expected = logits(model, batch)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "weighting", "diagonal", "wanted"),
+    [
+        (1, "attention", False, [11 / 54, 14 / 54, 16 / 54]),
+        (1, "attention", True, [19 / 54, 16 / 54, 19 / 54]),
+        (1, "value", False, [11 / 41, 14 / 41, 16 / 41]),  # values of one bit have one size
+        (4, "value", False, [11 / 87, 28 / 87, 48 / 87]),
+    ],
+)
+def test_scores_by_hand(bits: int, weighting: Any, diagonal: bool, wanted: list[float], packed: bool) -> None:
+    """Probabilities before they are rounded, values after it.
+
+    Products of signs +, +, - with +, -, + times ln 2 have the exponentials 2, ½, 2 (twice) and ½, 2, ½: probabilities
+    4/9, 1/9, 4/9 and 1/6, 2/3, 1/6, of which those from 0.4 on have the bit. Values round to 1, 2, -3 halves.
+    """
+    levels = {n: Levels(bits if n == "value" else 1, n != "probs") for n in ("query", "key", "value", "probs")}
+    module: Any = torch.nn.Module()
+    module.attention_bits = AttentionBits(levels, torch.zeros(())).eval()
+    for name, alpha in {"query": 2.0, "key": math.log(2) / 2, "value": 0.5, "probs": 0.8}.items():
+        module.attention_bits.of(name).alpha.data.fill_(alpha)
+    query, key, value = (
+        torch.tensor(x).view(1, 1, 3, 1) for x in ([0.3, 7.0, -0.1], [0.0, -2.0, 1.0], [0.6, 0.9, -1.4])
+    )
+    now = Pass(torch.ones(1, 3, dtype=torch.bool), None, Selection(weighting, diagonal), packed)
+    now.enter(0)
+    token = CURRENT.set(now)
+    try:
+        with torch.no_grad():
+            context, _ = attention(module, query, key, value, scaling=1.0)
+    finally:
+        CURRENT.reset(token)
+    torch.testing.assert_close(now.seen[0], torch.tensor([wanted]), atol=1e-6, rtol=0)
+    one, two, three = (1, 2, -3) if bits == 4 else (1, 1, -1)
+    read = 0.8 * 0.5 * torch.tensor([one + three, one + three, two])
+    torch.testing.assert_close(context.flatten(), read, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_the_earlier_of_equal_tokens_stay(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without positions the tokens of one word have the same bits, and so the same scores."""
+    model: Any = binary(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position_embeddings" in name or "relative_attention_bias" in name:
+                parameter.zero_()
+    eliminating(model)
+    layouts: list[list[int]] = []
+    choose = Pass.choose
+
+    def spy(now: Pass) -> None:
+        choose(now)
+        layouts.append(now.layout.slots[0].tolist())
+
+    monkeypatch.setattr(Pass, "choose", spy)
+    logits(model, {"input_ids": torch.full((1, 11), 7), "attention_mask": torch.ones(1, 11, dtype=torch.long)})
+    assert layouts == [list(range(n)) for n in (9, 7, 4)]
+
+
+def test_gradients_reach_bits_and_scales() -> None:
+    model = eliminating(binary("bert")).train()
+    model(**ragged((9, 4, 13)), labels=torch.tensor([0, 1, 0])).loss.backward()
+    missing = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+    assert missing == []
 
 
 # --- products of words ------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ EDITS: dict[str, type[Slice] | type[Bypass] | type[DropTokens] | type[Sparsify] 
 }
 STORED = (Sparsify, Binarize)
 """Edits that store weights in a form of their own."""
-BINARY = "A binary model cannot be cut any more, its tokens apart: cut it first, and binarize it then."
+BINARY = "A binary model cannot be cut any more, but for its tokens: cut it first, and binarize it last."
 AFTER_BINARIZING = (Binarize, DropTokens)
 """Edits that a binary model takes: other bits, and elimination, which changes no weight."""
 
