@@ -514,22 +514,25 @@ def test_the_form_for_export_of_a_binary_model(family: str, queries: int, monkey
 @pytest.mark.parametrize(
     ("bits", "weighting", "diagonal", "wanted"),
     [
-        (1, "attention", False, [11 / 54, 14 / 54, 16 / 54]),
-        (1, "attention", True, [19 / 54, 16 / 54, 19 / 54]),
-        (1, "value", False, [11 / 41, 14 / 41, 16 / 41]),  # values of one bit have one size
-        (4, "value", False, [11 / 87, 28 / 87, 48 / 87]),
+        ({}, "attention", False, [0.8 / 3, 0.8 / 3, 1.6 / 3]),
+        ({}, "attention", True, [1.6 / 3, 0.8 / 3, 1.6 / 3]),
+        ({}, "value", False, [1 / 4, 1 / 4, 2 / 4]),  # values of one bit have one size
+        ({"value": 4}, "value", False, [1 / 9, 2 / 9, 6 / 9]),
+        ({"probs": 2}, "value", False, [3 / 11, 4 / 11, 4 / 11]),
     ],
 )
-def test_scores_by_hand(bits: int, weighting: Any, diagonal: bool, wanted: list[float], packed: bool) -> None:
-    """Probabilities before they are rounded, values after it.
+def test_scores_by_hand(bits: dict[str, int], weighting: Any, diagonal: bool, wanted: list[float], packed: bool) -> None:
+    """Probabilities and values as they are rounded.
 
     Products of signs +, +, - with +, -, + times ln 2 have the exponentials 2, ½, 2 (twice) and ½, 2, ½: probabilities
-    4/9, 1/9, 4/9 and 1/6, 2/3, 1/6, of which those from 0.4 on have the bit. Values round to 1, 2, -3 halves.
+    4/9, 1/9, 4/9 and 1/6, 2/3, 1/6. With a scale of 0.8 those from 0.4 on have the bit: 1, 0, 1 and 0, 1, 0; with two
+    bits and 0.2 the levels are 2, 1, 2 and 1, 3, 1. Values of four bits round to 1, 2, -3 halves.
     """
-    levels = {n: Levels(bits if n == "value" else 1, n != "probs") for n in ("query", "key", "value", "probs")}
+    names = ("query", "key", "value", "probs")
+    levels = {name: Levels(bits.get(name, 1), name != "probs") for name in names}
     module: Any = torch.nn.Module()
     module.attention_bits = AttentionBits(levels, torch.zeros(())).eval()
-    for name, alpha in {"query": 2.0, "key": math.log(2) / 2, "value": 0.5, "probs": 0.8}.items():
+    for name, alpha in {"query": 2.0, "key": math.log(2) / 2, "value": 0.5, "probs": 0.2 if "probs" in bits else 0.8}.items():
         module.attention_bits.of(name).alpha.data.fill_(alpha)
     query, key, value = (
         torch.tensor(x).view(1, 1, 3, 1) for x in ([0.3, 7.0, -0.1], [0.0, -2.0, 1.0], [0.6, 0.9, -1.4])
@@ -543,8 +546,10 @@ def test_scores_by_hand(bits: int, weighting: Any, diagonal: bool, wanted: list[
     finally:
         CURRENT.reset(token)
     torch.testing.assert_close(now.seen[0], torch.tensor([wanted]), atol=1e-6, rtol=0)
-    one, two, three = (1, 2, -3) if bits == 4 else (1, 1, -1)
+    one, two, three = (1, 2, -3) if "value" in bits else (1, 1, -1)
     read = 0.8 * 0.5 * torch.tensor([one + three, one + three, two])
+    if "probs" in bits:
+        read = 0.2 * 0.5 * torch.tensor([2 + 1 - 2, 2 + 1 - 2, 1 + 3 - 1])
     torch.testing.assert_close(context.flatten(), read, atol=1e-6, rtol=0)
 
 

@@ -167,8 +167,8 @@ class PackedAttention(AttentionBits):
         values = Operand.of(levels["value"].transpose(-1, -2), self.of("value").levels)
         context = product(Operand.of(p, self.of("probs").levels), values)
         if self.hands_on is not None:
-            return levels_of(context >= self.hands_on, True), probabilities.to(query.dtype)
-        return context.to(query.dtype) * (alpha["probs"] * alpha["value"]), probabilities.to(query.dtype)
+            return levels_of(context >= self.hands_on, True), probabilities
+        return context.to(query.dtype) * (alpha["probs"] * alpha["value"]), probabilities
 
 
 def levels_of(bits: Tensor, signed: bool) -> Tensor:

@@ -145,10 +145,13 @@ class AttentionBits(nn.ModuleDict):
         return drop(probabilities, dropout, self.training)
 
     @torch.no_grad()
-    def rounded(self, operand: str, x: Tensor) -> Tensor:
-        """Levels of an operand, in its shape."""
-        found: Tensor = self.of(operand)(x)[0]
-        return found
+    def supplied(self, probabilities: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens are scored by: rounded probabilities, times their scale, and levels of the values.
+
+        In float64, so that scores of tokens that get as many levels are equal, whatever the order of sums.
+        """
+        levels, alpha = self.of("probs")(probabilities)
+        return levels.double() * alpha.double(), self.of("value")(value)[0].double()
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: Dropout, scaling: float
@@ -159,7 +162,7 @@ class AttentionBits(nn.ModuleDict):
             scores = masked((q @ k.transpose(-1, -2)) * (of_q * of_k * scaling), mask)
             probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
             p, of_p = self["probs"](self.dropped(probabilities, dropout))
-            return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities.to(query.dtype)
+            return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -201,7 +204,7 @@ def attention(
     bits = cast(AttentionBits, module.attention_bits)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     context, probabilities = bits(query, key, value, attention_mask, dropout, scaling)
-    return context.transpose(1, 2).contiguous(), probabilities
+    return context.transpose(1, 2).contiguous(), probabilities.to(query.dtype)
 
 
 AttentionInterface.register(NAME, attention)

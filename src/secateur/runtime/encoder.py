@@ -177,12 +177,13 @@ def _places(starts: Tensor, now: Pass | None) -> list[Tensor]:
 
 
 def _score(layer: LayerPlan, now: Pass, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Scores of an example's tokens, (tokens,), from the queries that ask; see `tokens.attention` for levels."""
+    """Scores of an example's tokens, (tokens,), from the queries that ask."""
     real = torch.ones(1, q.shape[1], dtype=torch.bool)
     asked = asking(torch.tensor([q.shape[1]]), now.selection.queries, tokens=q.shape[1])
     q, k, v, bias = q[None, :, asked[0]], k[None], v[None], None if bias is None else bias[:, :, asked[0]]
     if layer.levels is not None:
-        return now.score(layer.levels.probabilities(q, k, bias), real, layer.levels.value(v), asked)[0]
+        rounded = layer.levels.probabilities(q, k, bias) * layer.levels.probs.alpha.double()
+        return now.score(rounded, real, layer.levels.value(v), asked)[0]
     logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     return now.score((logits if bias is None else logits + bias).softmax(dim=-1), real, v, asked)[0]
 

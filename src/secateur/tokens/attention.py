@@ -157,8 +157,8 @@ def _block(
     """Attention of a padded block; with `real`, tokens are scored.
 
     Short blocks write out the probabilities, which then serve both ends. Long ones run fused, and write out those of
-    the queries that score. Quantised operands are multiplied as they are without elimination; tokens are then scored by
-    the probabilities before they are rounded, and by the size of the rounded values.
+    the queries that score. Quantised operands are multiplied as they are without elimination, and tokens are scored by
+    what is multiplied: probabilities and values as they are rounded.
 
     Returns:
         (batch, queries, heads, head width), and the score (batch, keys).
@@ -171,12 +171,12 @@ def _block(
     if bits is not None or (real is not None and (exporting or tokens <= SHORT * queries)):
         if bits is not None:
             context, probabilities = bits(query, key, value, mask, dropout, scale)
-            value = bits.rounded("value", value)
+            if real is None:
+                return context.transpose(1, 2), None
+            probabilities, value = bits.supplied(probabilities, value)
         else:
             probabilities = _probabilities(query, key, mask, scale)
             context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
-        if real is None:
-            return context.transpose(1, 2), None
         if not exporting and tokens <= SHORT * queries:
             return context.transpose(1, 2), now.score(probabilities, real, value)
         places = asking(real.sum(dim=-1), queries, tokens=tokens)  # a graph of every length has one form for all

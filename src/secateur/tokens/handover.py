@@ -213,7 +213,8 @@ class _Watch:
         probabilities, values, bits = args[0], now.values, getattr(self.attention, "attention_bits", None)
         if values is not None:
             values = values.unflatten(-1, (probabilities.shape[1], -1)).transpose(1, 2)
-            values = values if bits is None else bits.rounded("value", values)
+            if bits is not None:
+                probabilities, values = bits.supplied(probabilities, values)
         now.observe(now.score(probabilities, now.layout.valid, values))
         now.values = None
 

@@ -52,12 +52,9 @@ struct AttentionRun {
             float inverse[4] = {};
             for (int r = 0; r < count; r++) {
                 float* row = rows + (size_t)r * padded;
-                if (what.levels != nullptr) {
-                    inverse[r] = softmax_levels(row, row, held, seen, h, i + r, tokens, paid);
-                    continue;
-                }
-                inverse[r] = softmax(row, seen, h, i + r);
-                if (paid != nullptr) count_in(row, inverse[r], seen, tokens, i + r, paid);
+                inverse[r] = what.levels != nullptr ? softmax_levels(row, row, held, seen, h, i + r)
+                                                    : softmax(row, seen, h, i + r);
+                if (paid != nullptr) count_in(row, what.levels != nullptr ? 1 : inverse[r], seen, tokens, i + r, paid);
             }
             for (int c = 0; c < width; c += 2 * LANES) {
                 const int next = c + LANES < width ? LANES : 0;  // the second half of the last columns may not be there
@@ -90,7 +87,7 @@ struct AttentionRun {
     }
 
     // Adds a query's probabilities, which are still to be multiplied by `inverse`, if it is one that asks: all of a short
-    // text, those at s n / queries of a long one.
+    // text, those at s n / queries of a long one. Levels are added up as they are: whole numbers are exact.
     template <class Probability>
     void count_in(const Probability* row, float inverse, const Keys& seen, int tokens, int query, float* paid) const {
         const long asking = what.queries, n = tokens;
@@ -104,9 +101,9 @@ struct AttentionRun {
     }
 
     void end_scores(const float* paid, const Value* values, int tokens, int h, int first) const {
-        float* to = what.scores + (size_t)h * what.score_stride + first;
+        double* to = what.scores + (size_t)h * what.score_stride + first;
         for (int j = 0; j < tokens; j++)
-            to[j] = what.by_value ? paid[j] * sqrtf(squares(values + (size_t)j * qkv.stride)) : paid[j];
+            to[j] = what.by_value ? paid[j] * sqrt((double)squares(values + (size_t)j * qkv.stride)) : paid[j];
     }
 
     float squares(const Value* value) const {
@@ -190,11 +187,9 @@ struct AttentionRun {
     }
 
     // Levels of the probabilities, from whole scores; what the whole context is to be multiplied by. Where single
-    // precision cannot tell which level is reached, the row is computed again in double. Tokens are scored by the
-    // probabilities before they are rounded.
+    // precision cannot tell which level is reached, the row is computed again in double.
     template <class Level>
-    float softmax_levels(float* row, Level* into, float* held, const Keys& seen, int h, int query, int tokens,
-                         float* paid) const {
+    float softmax_levels(float* row, Level* into, float* held, const Keys& seen, int h, int query) const {
         const Levels& how = what.levels->probabilities;
         const int begin = seen.begin, padded = seen.padded;
         float scale = what.levels->scores;  // that scores are still to be multiplied by
@@ -206,23 +201,17 @@ struct AttentionRun {
         vf high = splat(-INFINITY);
         for (int j = begin; j < padded; j += LANES) high = larger(high, load(row + j) * scale);
         const float top = highest(high);
-        vf sums = {};
-        for (int j = begin; j < padded; j += LANES) {
-            const vf found = power((apart(load(row + j) * scale) - top) * LOG2_E);
-            store(held + j, found);
-            sums += found;
-        }
-        const float sum = total(sums);
-        if (paid != nullptr) count_in(held, 1.0f / sum, seen, tokens, query, paid);
-        if (!(how.high == 1 ? one_bit(row, into, begin, padded, scale, top, sum) : more_bits(into, held, begin, padded, sum)))
+        if (!(how.high == 1 ? one_bit(row, into, begin, padded, scale, top) : more_bits(row, into, held, begin, padded, scale, top)))
             in_double(row, into, begin, padded, scale, top);
         return what.levels->context;
     }
 
     // e^s >= alpha Z / 2: a comparison of scores. Returns whether it is sure of all of them.
     template <class Level>
-    bool one_bit(const float* row, Level* into, int begin, int padded, float scale, float top, float sum) const {
-        const float least_score = logf(sum * what.levels->probabilities.alpha * 0.5f);
+    bool one_bit(const float* row, Level* into, int begin, int padded, float scale, float top) const {
+        vf sum = {};
+        for (int j = begin; j < padded; j += LANES) sum += power((apart(load(row + j) * scale) - top) * LOG2_E);
+        const float least_score = logf(total(sum) * what.levels->probabilities.alpha * 0.5f);
         const float width = 4e-6f + 4e-7f * fabsf(least_score);
         vf unsure = splat(-1.0f);
         for (int j = begin; j < padded; j += LANES)
@@ -233,11 +222,18 @@ struct AttentionRun {
         return true;
     }
 
-    // The same for levels up to 255, from the exponentials, in whose place levels as wide as these are put.
+    // The same for levels up to 255.
     template <class Level>
-    bool more_bits(Level* into, float* held, int begin, int padded, float sum) const {
+    bool more_bits(const float* row, Level* into, float* held, int begin, int padded, float scale, float top) const {
         const Levels& how = what.levels->probabilities;
-        const float most = (float)how.high, factor = 1.0f / (sum * how.alpha);
+        const float most = (float)how.high;
+        vf sum = {};
+        for (int j = begin; j < padded; j += LANES) {
+            const vf found = power((apart(load(row + j) * scale) - top) * LOG2_E);
+            store(held + j, found);
+            sum += found;
+        }
+        const float factor = 1.0f / (total(sum) * how.alpha);
         vf unsure = splat(-1.0f);
         for (int j = begin; j < padded; j += LANES) {
             const vf u = smaller(load(held + j) * factor, splat(most + 1)), t = u + 0.5f;
