@@ -7,8 +7,8 @@ Random weights, whole batches: speed only. With one thread a pass is timed by th
 do not lengthen; with more by the clock. Medians and quartiles over rounds, every round in another order. "sentences"
 are 32 texts whose lengths are drawn log-normally (median 25 tokens, 4 to 64): padded to the longest for engines that
 need it. "sliced" has half of all heads and neurons, "dial" hands on evenly fewer tokens from layer to layer, down to a
-fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits, "a1 dial" both. OpenVINO's int8 is NNCF's post-training
-quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
+fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits; "a1 dial" is both. OpenVINO's int8 is NNCF's
+post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ class Recipe:
         names = [stage.does.name for stage in stages]
         if "bit" in names and names[names.index("bit") + 1 :] not in ([], ["late"]):
             raise SecateurError(
-                "bit is the last stage, or late comes behind it: a binary model cannot be cut any more, but for its tokens."
+                "bit is the last stage, or late comes behind it: a binary model cannot be cut any more, but for its "
+                "tokens."
             )
         return cls(model=recipe["model"], task=task, stages=stages, **given)
 

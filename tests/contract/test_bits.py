@@ -521,7 +521,9 @@ def test_the_form_for_export_of_a_binary_model(family: str, queries: int, monkey
         ({"probs": 2}, "value", False, [3 / 11, 4 / 11, 4 / 11]),
     ],
 )
-def test_scores_by_hand(bits: dict[str, int], weighting: Any, diagonal: bool, wanted: list[float], packed: bool) -> None:
+def test_scores_by_hand(
+    bits: dict[str, int], weighting: Any, diagonal: bool, wanted: list[float], packed: bool
+) -> None:
     """Probabilities and values as they are rounded.
 
     Products of signs +, +, - with +, -, + times ln 2 have the exponentials 2, ½, 2 (twice) and ½, 2, ½: probabilities
@@ -532,7 +534,12 @@ def test_scores_by_hand(bits: dict[str, int], weighting: Any, diagonal: bool, wa
     levels = {name: Levels(bits.get(name, 1), name != "probs") for name in names}
     module: Any = torch.nn.Module()
     module.attention_bits = AttentionBits(levels, torch.zeros(())).eval()
-    for name, alpha in {"query": 2.0, "key": math.log(2) / 2, "value": 0.5, "probs": 0.2 if "probs" in bits else 0.8}.items():
+    for name, alpha in {
+        "query": 2.0,
+        "key": math.log(2) / 2,
+        "value": 0.5,
+        "probs": 0.2 if "probs" in bits else 0.8,
+    }.items():
         module.attention_bits.of(name).alpha.data.fill_(alpha)
     query, key, value = (
         torch.tensor(x).view(1, 1, 3, 1) for x in ([0.3, 7.0, -0.1], [0.0, -2.0, 1.0], [0.6, 0.9, -1.4])
@@ -644,6 +651,17 @@ def test_what_only_a_bit_is_read_of_never_becomes_a_float() -> None:
     assert layer.output.dense.hands_on is None  # its outputs are added to the residual stream
     assert layer.output.dense.takes_levels
     assert layer.attention.output.dense.takes_levels
+
+
+def test_onnx_takes_the_dial_along(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = eliminating(binary("bert"))
+    folder = secateur.export(model, tmp_path / "onnx", format="onnx")  # compared there at several lengths
+    session = onnxruntime.InferenceSession(next(Path(folder).glob("*.onnx")))
+    batch = ragged((9, 4, 13, 1))
+    given = batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    (found,) = session.run(None, {one.name: given[one.name].numpy() for one in session.get_inputs()})
+    torch.testing.assert_close(torch.from_numpy(found), logits(model, batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "embeddings"), [("bert", "1bit"), ("bert", "int8"), ("vit", "float")])

@@ -168,31 +168,31 @@ def _block(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, tokens, exporting = now.selection.queries, query.shape[2], torch.compiler.is_exporting()
-    if bits is not None or (real is not None and (exporting or tokens <= SHORT * queries)):
-        if bits is not None:
-            context, probabilities = bits(query, key, value, mask, dropout, scale)
-            if real is None:
-                return context.transpose(1, 2), None
+    short, probabilities = tokens <= SHORT * queries, None
+    if bits is not None:
+        context, probabilities = bits(query, key, value, mask, dropout, scale)
+        if real is not None:
             probabilities, value = bits.supplied(probabilities, value)
-        else:
-            probabilities = _probabilities(query, key, mask, scale)
-            context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
-        if not exporting and tokens <= SHORT * queries:
-            return context.transpose(1, 2), now.score(probabilities, real, value)
-        places = asking(real.sum(dim=-1), queries, tokens=tokens)  # a graph of every length has one form for all
-        probabilities = probabilities.gather(2, _rows(places).expand(-1, query.shape[1], -1, tokens))
-        return context.transpose(1, 2), now.score(probabilities, real, value, places)
-    context = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=None if triangle else mask, dropout_p=dropout, scale=scale, is_causal=triangle
-    )
+    elif real is not None and (exporting or short):
+        probabilities = _probabilities(query, key, mask, scale)
+        context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
+    else:
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if triangle else mask, dropout_p=dropout, scale=scale, is_causal=triangle
+        )
     if real is None:
         return context.transpose(1, 2), None
+    if probabilities is not None and short and not exporting:  # a graph of every length has one form for all
+        return context.transpose(1, 2), now.score(probabilities, real, value)
     places = asking(real.sum(dim=-1), queries, tokens=tokens, causal=now.selection.causal)
     rows = _rows(places)
-    asked = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
-    if mask is not None and mask.shape[2] > 1:
-        mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
-    probabilities = _probabilities(asked, key.detach(), mask, scale)
+    if probabilities is not None:
+        probabilities = probabilities.gather(2, rows.expand(-1, query.shape[1], -1, tokens))
+    else:
+        asked = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
+        probabilities = _probabilities(asked, key.detach(), mask, scale)
     return context.transpose(1, 2), now.score(probabilities, real, value, places)
 
 

@@ -85,7 +85,7 @@ def install(model: nn.Module, beginner: Beginner) -> None:
             layer.get_submodule(spec.values).register_forward_hook(_Values())
             layer.get_submodule(spec.probabilities).register_forward_pre_hook(_Watch(attention))
         else:
-            attention.config = with_attention(attention.config, eliminating)  # type: ignore[assignment]
+            attention.config = with_attention(attention.config, eliminating)
         layer.register_forward_pre_hook(_Begin(layer, index, spec, attention), with_kwargs=True)
         if spec.residual:
             layer.get_submodule(spec.residual).register_forward_hook(_Shorten())
