@@ -7,9 +7,9 @@ Random weights, whole batches: speed only. With one thread a pass is timed by th
 do not lengthen; with more by the clock. Medians and quartiles over rounds, every round in another order. "sentences"
 are 32 texts whose lengths are drawn log-normally (median 25 tokens, 4 to 64): padded to the longest for engines that
 need it. "sliced" has half of all heads and neurons, "dial" hands on evenly fewer tokens from layer to layer, down to a
-fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits; "masked" has 90 % of its weights at 0, "blocks"
-80 % of its blocks of 32 outputs and 64 inputs; "padded" runs sentences as if all were as long as the longest.
-OpenVINO's int8 is NNCF's post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
+fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits; "a1 dial" is both; "masked" has 90 % of its
+weights at 0, "blocks" 80 % of its blocks of 32 outputs and 64 inputs; "padded" runs sentences as if all were as long as
+the longest. OpenVINO's int8 is NNCF's post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def variants() -> dict[str, tuple[str, Precision | None, Callable[[Any], Any]]]:
             f"{tier}.a1": (tier, None, partial(binary, bits=1)),
             f"{tier}.a8": (tier, None, partial(binary, bits=8)),
         }
+        if tier == TIERS[best]:
+            found[f"{tier}.a1 dial"] = tier, None, lambda model: dialled(binary(model, bits=1))
     return found
 
 

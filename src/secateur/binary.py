@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from secateur.bits.modules import calibrate
 from secateur.bits.quantizers import Estimate
 from secateur.edits import Binarize, apply_edits
 from secateur.edits.binarize import Embeddings, places
+from secateur.edits.tokens import dial_of, has_dial
 from secateur.errors import SecateurError
 
 
@@ -31,7 +33,8 @@ def binarize(
     """Give a model 1-bit weights and activations of few bits, in place; it is to be trained afterwards.
 
     Args:
-        model: a model of a family whose attention is plain products; a binary one gets other bits, calibrated anew.
+        model: a model of a family whose attention is plain products; a binary one gets other bits, calibrated anew. A
+            dial stays where it stands.
         batches: inputs that the scales of activations are chosen by.
         bits: of activations: 1, 2, 4 or 8.
         mixed: other bits for the sites whose name a regular expression is found in; the last one that is counts.
@@ -53,7 +56,8 @@ def binarize(
     relu = relu or any(edit.relu for edit in hub.edits_of(model) if isinstance(edit, Binarize))
     edit = Binarize(bits_of(model, bits, mixed or {}), embeddings, rows, two_sets, relu)
     apply_edits(model, [edit])
-    calibrate(model, batches, calibration)
+    with dial_of(model).at(0.0) if has_dial(model) else nullcontext():
+        calibrate(model, batches, calibration)
     hub.attach(model, [edit])
     return model
 

@@ -124,10 +124,10 @@ class Recipe:
         if all(isinstance(stage.does, Finetune) for stage in stages):
             raise SecateurError("A recipe has a stage that cuts: to fine-tune alone, take `secateur finetune`.")
         names = [stage.does.name for stage in stages]
-        if "bit" in names and (names.index("bit") < len(names) - 1 or "late" in names):
+        if "bit" in names and names[names.index("bit") + 1 :] not in ([], ["late"]):
             raise SecateurError(
-                "bit is the last stage, and does not go with late: a binary model cannot be cut any more, and one that "
-                "eliminates tokens cannot be made binary."
+                "bit is the last stage, or late comes behind it: a binary model cannot be cut any more, but for its "
+                "tokens."
             )
         return cls(model=recipe["model"], task=task, stages=stages, **given)
 

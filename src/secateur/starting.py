@@ -20,7 +20,7 @@ from secateur.edits import BINARY
 from secateur.edits.tokens import at_rest
 from secateur.errors import SecateurError
 from secateur.given import TaskLike, judged_by, length_of, opened
-from secateur.methods import Bit
+from secateur.methods import Bit, Late
 from secateur.results import versions, vocabulary_digest, weights_digest
 from secateur.run import Job, Method, Run
 from secateur.tasks import Evaluation, Task, check_labels, load_task
@@ -131,7 +131,7 @@ def start(
     data = load_task(task, seed=seed)
     source, net, words = opened(model, tokenizer, data)
     net = at_rest(net)
-    if is_binary(net) and not isinstance(method, Bit):
+    if is_binary(net) and not isinstance(method, (Bit, Late)):
         raise SecateurError(BINARY)
     data = check_labels(data, net)
     rows = judged_by(data, split)

@@ -472,6 +472,43 @@ def test_other_methods_refuse_a_binary_model() -> None:
         secateur.sparsify(model)
 
 
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_a_binary_model_is_trained_to_hand_on_fewer_tokens(family: str, tmp_path: Path) -> None:
+    """From its folder, or alive: bits stay, and the dial meets its budget."""
+    made = compress(tiny_model(family), secateur.Bit(**BIT), task=tiny_task(), tokenizer=tiny_tokenizer())
+    made.model.save_pretrained(tmp_path / "bits")
+    late = secateur.Late(train_speedup=2.0, epochs=1, lr=1e-3, batch_size=16, examples=32)
+    batch = tiny_batch(family)
+    for number, source in enumerate((hub.open_model(tmp_path / "bits"), made.model)):
+        out = tmp_path / f"out{number}"
+        result = compress(source, late, task=tiny_task(), tokenizer=tiny_tokenizer(), out=out)
+        assert result.budget["terms"][0]["met"]
+        assert [edit.type for edit in hub.edits_of(result.model)] == ["binarize", "drop_tokens"]
+        again: Any = hub.open_model(out)
+        assert again.secateur.speedup >= 2
+        assert torch.equal(logits(again, batch), logits(result.model, batch))
+        torch.testing.assert_close(logits(secateur.packed_twin(again), batch), logits(again, batch), atol=1e-6, rtol=0)
+        with secateur.runtime.load(again) as engine:
+            ids = [row[row != 0].tolist() for row in batch["input_ids"] * batch["attention_mask"]]
+            torch.testing.assert_close(engine(ids), logits(again, batch), atol=1e-5, rtol=0)
+
+
+def test_a_model_with_a_dial_becomes_binary(tmp_path: Path) -> None:
+    """It is trained at 1; the dial stays, and turns."""
+    late = secateur.Late(train_speedup=2.0, epochs=1, lr=1e-3, batch_size=16, examples=32)
+    made = compress(tiny_model("bert"), late, task=tiny_task(), tokenizer=tiny_tokenizer())
+    out = tmp_path / "out"
+    result = compress(made.model, secateur.Bit(**BIT), task=tiny_task(), tokenizer=tiny_tokenizer(), out=out)
+    again: Any = hub.open_model(out)
+    batch = tiny_batch("bert")
+    assert [edit.type for edit in hub.edits_of(again)] == ["drop_tokens", "binarize"]
+    assert again.secateur.speedup == 1
+    assert torch.equal(logits(again, batch), logits(result.model, batch))
+    dense = logits(again, batch)
+    again.secateur.speedup = 2
+    assert not torch.equal(logits(again, batch), dense)
+
+
 def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     scores = iter([0.5, 0.9, 0.9, 0.3])
     keep = KeepBest(lambda model: next(scores), tmp_path / "run")

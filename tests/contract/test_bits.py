@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,16 +27,20 @@ from transformers import (
 
 import secateur
 from secateur import hub
-from secateur.bits.integer import Operand, PackedLinear, bits_by_table, product, thresholds
-from secateur.bits.modules import SAMPLE, BinaryLinear, Quantizer, _Calibration, calibrate, quantizers
+from secateur.bits.integer import Operand, PackedLinear, bits_by_table, by_table, product, thresholds
+from secateur.bits.modules import SAMPLE, AttentionBits, BinaryLinear, Quantizer, _Calibration, calibrate, quantizers
 from secateur.bits.quantizers import Levels, to_levels
-from secateur.edits import apply_edits
+from secateur.edits import DropTokens, apply_edits
 from secateur.edits.binarize import Binarize, places
 from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import FAMILIES
+from secateur.tokens.attention import attention
+from secateur.tokens.specs import TOKEN_SPECS
+from secateur.tokens.state import CURRENT, Pass, Selection
 from tests.conftest import BERT, tiny_batch, tiny_model
 from tests.contract.test_families import cut
 from tests.contract.test_round_trip import auto_class, edit_config
+from tests.contract.test_tokens import ragged
 
 BINARY = [name for name, family in FAMILIES.items() if family.plain_products]
 
@@ -411,11 +416,178 @@ def test_bad_input() -> None:
     assert not any(isinstance(module, BinaryLinear) for one in (model, tied) for module in one.modules())
     with pytest.raises(UnsupportedModel, match="reads no words"):
         secateur.binarize(tiny_model("vit"), [tiny_batch("vit")])  # type: ignore[arg-type]
-    late: Any = tiny_model("bert")
-    secateur.apply_edits(late, [secateur.DropTokens((0.5,) * 3)])
-    with pytest.raises(SecateurError, match="eliminates tokens"):
-        secateur.binarize(late, [batch])
     assert "encoder.layer.0.attention.self:probs" in places(tiny_model("bert"))
+
+
+# --- token elimination ------------------------------------------------------------------------------------------------
+
+DROPPING = [name for name in BINARY if name in TOKEN_SPECS]
+DROPPING_FORMS = [(f, packed) for f in DROPPING for packed in (False, True) if not (packed and f == "mpnet")]
+
+
+def eliminating(model: Any, alpha: float = 1.0, **changes: Any) -> Any:
+    """The model with a dial that is saved with it."""
+    edit = DropTokens(**{"profile": (0.8, 0.55, 0.3), "tokens": 16, "alpha": alpha, **changes})
+    secateur.apply_edits(model, [edit])
+    hub.attach(model, [edit])
+    return model
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("family", DROPPING)
+def test_a_binary_model_gets_a_dial(family: str, bits: int, tmp_path: Path) -> None:
+    batch = ragged((9, 4, 13, 1))
+    model = eliminating(binary(family, bits))
+    dense, found = logits(binary(family, bits), batch), logits(model, batch)
+    assert float((found - dense).abs().max()) > 0.01  # tokens did go
+    with model.secateur.at(0.0):
+        assert torch.equal(logits(model, batch), dense)
+    torch.testing.assert_close(logits(secateur.packed_twin(model), batch), found, atol=1e-6, rtol=0)
+    model.secateur.speedup = 1.7
+    found = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    again = hub.open_model(tmp_path)
+    assert [edit.type for edit in hub.edits_of(again)] == ["binarize", "drop_tokens"]
+    assert again.secateur.speedup == model.secateur.speedup >= 1.7
+    assert torch.equal(logits(again, batch), found)
+    again.secateur.speedup = 1
+    assert torch.equal(logits(again, batch), dense)
+    again.save_pretrained(tmp_path / "again")
+    third: Any = hub.open_model(tmp_path / "again")
+    assert third.secateur.alpha == 0
+    assert all(torch.equal(a, b) for a, b in zip(third.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_the_order_of_bits_and_dial_does_not_matter(family: str, tmp_path: Path) -> None:
+    """What is calibrated is the dense model; other bits may come later, and elimination stays."""
+    batch = ragged((9, 4, 13))
+    model: Any = eliminating(tiny_model(family))
+    secateur.binarize(model, [tiny_batch(family, seed=5)])
+    usual: Any = tiny_model(family)
+    secateur.binarize(usual, [tiny_batch(family, seed=5)])
+    dense = logits(usual, batch)
+    assert torch.equal(logits(model, batch), logits(eliminating(usual), batch))
+    with model.secateur.at(0.0):
+        assert torch.equal(logits(model, batch), dense)
+    model.save_pretrained(tmp_path)
+    again: Any = hub.open_model(tmp_path)
+    assert [edit.type for edit in hub.edits_of(again)] == ["drop_tokens", "binarize"]
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    for one in (usual, model):
+        secateur.binarize(one, [batch], 4)
+    assert torch.equal(logits(usual, batch), logits(model, batch))
+    assert not torch.allclose(logits(usual, batch), logits(again, batch), atol=1e-3)
+    with pytest.raises(SecateurError, match="binarize it last"):
+        secateur.apply_edits(model, [secateur.Slice(secateur.SubNetwork.full(model))])
+
+
+@pytest.mark.parametrize(("family", "packed"), DROPPING_FORMS)
+@pytest.mark.parametrize("how", ["plain", "smoothed", "attention, diagonal", "few queries", "two bits"])
+def test_a_binary_example_does_not_depend_on_its_batch(family: str, packed: bool, how: str) -> None:
+    lengths = (9, 4, 13, 9, 1)
+    settings: dict[str, dict[str, Any]] = {
+        "smoothed": {"beta": 0.5},
+        "attention, diagonal": {"weighting": "attention", "diagonal": True},
+        "few queries": {"queries": 2},
+    }
+    model = eliminating(binary(family, 2 if how == "two bits" else 1), **settings.get(how, {}))
+    model.secateur.packed = packed
+    found = logits(model, ragged(lengths))
+    torch.testing.assert_close(logits(model, ragged(lengths, width=20)), found, atol=1e-6, rtol=0)
+    for row, n in enumerate(lengths):
+        alone = {name: tensor[row : row + 1, :n] for name, tensor in ragged(lengths).items()}
+        torch.testing.assert_close(logits(model, alone), found[row : row + 1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("queries", [64, 2])
+@pytest.mark.parametrize("family", DROPPING)
+def test_the_form_for_export_of_a_binary_model(family: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = eliminating(binary(family), queries=queries, profile=(0.8, 0.8, 0.3))
+    batch = ragged((9, 4, 13, 9, 1), width=15)
+    expected = logits(model, batch)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "weighting", "diagonal", "wanted"),
+    [
+        ({}, "attention", False, [0.8 / 3, 0.8 / 3, 1.6 / 3]),
+        ({}, "attention", True, [1.6 / 3, 0.8 / 3, 1.6 / 3]),
+        ({}, "value", False, [1 / 4, 1 / 4, 2 / 4]),  # values of one bit have one size
+        ({"value": 4}, "value", False, [1 / 9, 2 / 9, 6 / 9]),
+        ({"probs": 2}, "value", False, [3 / 11, 4 / 11, 4 / 11]),
+    ],
+)
+def test_scores_by_hand(
+    bits: dict[str, int], weighting: Any, diagonal: bool, wanted: list[float], packed: bool
+) -> None:
+    """Probabilities and values as they are rounded.
+
+    Products of signs +, +, - with +, -, + times ln 2 have the exponentials 2, ½, 2 (twice) and ½, 2, ½: probabilities
+    4/9, 1/9, 4/9 and 1/6, 2/3, 1/6. With a scale of 0.8 those from 0.4 on have the bit: 1, 0, 1 and 0, 1, 0; with two
+    bits and 0.2 the levels are 2, 1, 2 and 1, 3, 1. Values of four bits round to 1, 2, -3 halves.
+    """
+    names = ("query", "key", "value", "probs")
+    levels = {name: Levels(bits.get(name, 1), name != "probs") for name in names}
+    module: Any = torch.nn.Module()
+    module.attention_bits = AttentionBits(levels, torch.zeros(())).eval()
+    for name, alpha in {
+        "query": 2.0,
+        "key": math.log(2) / 2,
+        "value": 0.5,
+        "probs": 0.2 if "probs" in bits else 0.8,
+    }.items():
+        module.attention_bits.of(name).alpha.data.fill_(alpha)
+    query, key, value = (
+        torch.tensor(x).view(1, 1, 3, 1) for x in ([0.3, 7.0, -0.1], [0.0, -2.0, 1.0], [0.6, 0.9, -1.4])
+    )
+    now = Pass(torch.ones(1, 3, dtype=torch.bool), None, Selection(weighting, diagonal), packed)
+    now.enter(0)
+    token = CURRENT.set(now)
+    try:
+        with torch.no_grad():
+            context, _ = attention(module, query, key, value, scaling=1.0)
+    finally:
+        CURRENT.reset(token)
+    torch.testing.assert_close(now.seen[0], torch.tensor([wanted]), atol=1e-6, rtol=0)
+    one, two, three = (1, 2, -3) if "value" in bits else (1, 1, -1)
+    read = 0.8 * 0.5 * torch.tensor([one + three, one + three, two])
+    if "probs" in bits:
+        read = 0.2 * 0.5 * torch.tensor([2 + 1 - 2, 2 + 1 - 2, 1 + 3 - 1])
+    torch.testing.assert_close(context.flatten(), read, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", DROPPING)
+def test_the_earlier_of_equal_tokens_stay(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without positions the tokens of one word have the same bits, and so the same scores."""
+    model: Any = binary(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position_embeddings" in name or "relative_attention_bias" in name:
+                parameter.zero_()
+    eliminating(model)
+    layouts: list[list[int]] = []
+    choose = Pass.choose
+
+    def spy(now: Pass) -> None:
+        choose(now)
+        layouts.append(now.layout.slots[0].tolist())
+
+    monkeypatch.setattr(Pass, "choose", spy)
+    logits(model, {"input_ids": torch.full((1, 11), 7), "attention_mask": torch.ones(1, 11, dtype=torch.long)})
+    assert layouts == [list(range(n)) for n in (9, 7, 4)]
+
+
+def test_gradients_reach_bits_and_scales() -> None:
+    model = eliminating(binary("bert")).train()
+    model(**ragged((9, 4, 13)), labels=torch.tensor([0, 1, 0])).loss.backward()
+    missing = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+    assert missing == []
 
 
 # --- products of words ------------------------------------------------------------------------------------------------
@@ -457,7 +629,8 @@ def test_a_table_of_exponentials_decides_as_softmax_does() -> None:
     factor, alpha = torch.tensor(0.07), torch.tensor(0.09)
     keep = torch.ones(2, 1, 1, 50, dtype=torch.bool)
     keep[1, ..., 30:] = False
-    found = bits_by_table(whole, 64, factor, alpha, keep)
+    exponentials = by_table(whole, 64, factor, keep)
+    found = bits_by_table(exponentials, alpha)
     scores = (whole.float() * factor).masked_fill(~keep, torch.finfo(torch.float32).min)
     wanted = to_levels(scores.softmax(-1, dtype=torch.float64), alpha, None, Levels(1, False))
     assert torch.equal(found.double(), wanted)
@@ -478,6 +651,17 @@ def test_what_only_a_bit_is_read_of_never_becomes_a_float() -> None:
     assert layer.output.dense.hands_on is None  # its outputs are added to the residual stream
     assert layer.output.dense.takes_levels
     assert layer.attention.output.dense.takes_levels
+
+
+def test_onnx_takes_the_dial_along(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = eliminating(binary("bert"))
+    folder = secateur.export(model, tmp_path / "onnx", format="onnx")  # compared there at several lengths
+    session = onnxruntime.InferenceSession(next(Path(folder).glob("*.onnx")))
+    batch = ragged((9, 4, 13, 1))
+    given = batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    (found,) = session.run(None, {one.name: given[one.name].numpy() for one in session.get_inputs()})
+    torch.testing.assert_close(torch.from_numpy(found), logits(model, batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "embeddings"), [("bert", "1bit"), ("bert", "int8"), ("vit", "float")])

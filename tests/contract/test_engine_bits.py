@@ -17,6 +17,7 @@ from secateur.runtime.plan import FAMILIES as PLANNED
 from tests.conftest import tiny_batch, tiny_model
 from tests.contract.test_bypass import cut_out
 from tests.contract.test_engine import TIERS, alone, examples, wide_model
+from tests.contract.test_engine_tokens import dialled
 from tests.contract.test_families import CUTS, cut
 
 LENGTHS = [9, 1, 17, 4]
@@ -35,6 +36,17 @@ def binary(model: Any, bits: int = 1, **settings: Any) -> Any:
             if name.endswith("input_bits.shift"):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=source))
     return model.eval()
+
+
+def attached_cut(family: str, how: str) -> Any:
+    """A tiny model that is "bypassed", or sliced in one of the ways of `CUTS`, with its edit."""
+    model: Any = tiny_model(family)
+    if how == "bypassed":
+        return cut_out(model, cut(model, "layer without both"))
+    edit = Slice(cut(model, how))
+    apply_edits(model, [edit])
+    secateur.hub.attach(model, [edit])
+    return model
 
 
 def check(model: Any, tier: str, lengths: list[int] = LENGTHS) -> None:
@@ -88,14 +100,7 @@ def test_real_widths(width: int, bits: int, tier: str) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("how", ["bypassed", *CUTS])
 def test_every_cut(how: str, tier: str) -> None:
-    model: Any = tiny_model("bert")
-    if how == "bypassed":
-        model = cut_out(model, cut(model, "layer without both"))
-    else:
-        edit = Slice(cut(model, how))
-        apply_edits(model, [edit])
-        secateur.hub.attach(model, [edit])
-    check(binary(model), tier)
+    check(binary(attached_cut("bert", how)), tier)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -118,6 +123,104 @@ def test_tokens_are_classified(tier: str) -> None:
     with load(model, tier=tier) as engine:
         for logits, row in zip(engine(rows), rows, strict=True):
             assert (logits - alone(twin, [row])[0]).abs().max() <= 1e-5
+
+
+# --- token elimination ------------------------------------------------------------------------------------------------
+
+
+def check_dial(model: Any, lengths: list[int]) -> None:
+    """In every tier the tokens stay that stay in the model: another one would move logits by far more."""
+    rows = examples(lengths)
+    wanted = alone(packed_twin(model), rows)
+    assert (wanted - alone(model, rows)).abs().max() <= 1e-6
+    with model.secateur.at(0.0):
+        assert (wanted - alone(model, rows)).abs().max() > 0.01
+    for tier in TIERS:
+        with load(model, tier=tier) as engine:
+            assert engine.precision == "1bit"
+            assert engine.speedup == pytest.approx(model.secateur.speedup)
+            assert (engine(rows) - wanted).abs().max() <= 1e-5, tier
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("family", [family for family in PLANNED if family != "modernbert"])
+def test_every_family_with_a_dial(family: str, bits: int) -> None:
+    check_dial(dialled(binary(tiny_model(family), bits)), [9, 1, 30, 4, 2, 17])
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("how", ["bypassed", *CUTS])
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_every_cut_with_a_dial(family: str, how: str, bits: int) -> None:
+    """Layers may have lost all heads: their first tokens stay."""
+    check_dial(dialled(binary(attached_cut(family, how), bits)), [9, 1, 30, 4])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weighting": "attention"},
+        {"diagonal": True},
+        {"beta": 0.5, "weighting": "attention", "diagonal": True},
+        {"protected": 3, "recent": 2},
+        {"queries": 3, "beta": 0.3},
+        {"profile": (1.0, 0.5, 0.5)},
+        {"profile": (0.05, 0.05, 0.05)},
+        {"steeper": (0.4, 0.2, 0.1), "alpha": 1.5},
+    ],
+    ids=str,
+)
+def test_every_way_to_score(changes: dict[str, Any], bits: int) -> None:
+    check_dial(dialled(binary(wide_model(), bits), **changes), [40, 1, 7, 129, 300])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("width", [32, 24])
+def test_real_widths_with_a_dial(width: int, bits: int) -> None:
+    """Scores of heads that go through tiles and of others; at each setting, by one thread and by two."""
+    model = wide_model(hidden_size=192, num_attention_heads=192 // width, num_hidden_layers=2)
+    model = dialled(binary(model, bits), profile=(0.6, 0.2))
+    rows = examples([9, 1, 17, 64, 33, 2, 128])
+    for tier in TIERS:
+        with load(model, tier=tier, threads=1) as engine:
+            for speedup in (1.0, 2.0, 1.3):
+                engine.speedup = model.secateur.speedup = speedup
+                found = engine(rows)
+                # a norm that is summed in another order may turn single levels of so many
+                assert ((found - alone(model, rows)).abs().amax(dim=1) <= 1e-4).sum() >= len(rows) - 1, tier
+                engine.threads = 2
+                assert torch.equal(engine(rows), found)
+                engine.threads = 1
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_tokens_that_went_keep_their_last_states(family: str, bits: int) -> None:
+    torch.manual_seed(0)
+    model = dialled(binary(AutoModelForTokenClassification.from_config(tiny_model(family).config), bits))
+    rows, twin = examples([9, 1, 30, 4]), packed_twin(model)
+    wanted = [alone(twin, [row])[0] for row in rows]
+    for tier in TIERS:
+        with load(model, tier=tier) as engine:
+            assert all((a - b).abs().max() <= 1e-5 for a, b in zip(engine(rows), wanted, strict=True))
+
+
+def test_a_folder_opens_with_bits_and_dial(tmp_path: Any) -> None:
+    """In either order of the two; the dial turns between calls."""
+    rows = examples([9, 31, 5, 1])
+    for number, model in enumerate((dialled(binary(wide_model())), binary(dialled(wide_model())))):
+        model.secateur.speedup = 1.6
+        model.save_pretrained(tmp_path / str(number))
+        with load(tmp_path / str(number)) as engine:
+            assert engine.speedup == pytest.approx(model.secateur.speedup)
+            assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-5
+            for speedup in (1.0, 2.5):
+                engine.speedup = model.secateur.speedup = speedup
+                assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-5
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_opens_in_its_bits(tmp_path: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.bits.modules import AttentionBits, BinaryLinear, is_binary, masked
+from secateur.bits.modules import AttentionBits, BinaryLinear, Dropout, is_binary, masked
 from secateur.bits.packing import packed
 from secateur.bits.quantizers import LEAST_ALPHA, Levels, to_levels
 from secateur.errors import SecateurError
@@ -145,7 +145,7 @@ class PackedAttention(AttentionBits):
     hands_on: Tensor | None  # thresholds of the context, (heads, 1, head width)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: Dropout, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """As `AttentionBits`; a head whose operands have one bit looks its exponentials up."""
         given = {"query": query, "key": key, "value": value}
@@ -157,15 +157,18 @@ class PackedAttention(AttentionBits):
         keep = kept(mask)
         one_bit = operand["query"].is_sign and operand["key"].is_sign and self.of("probs").levels == Levels(1, False)
         if one_bit and (mask is None or keep is not None):
-            p = bits_by_table(whole, query.shape[-1], factor, alpha["probs"], keep)
+            exponentials = by_table(whole, query.shape[-1], factor, keep)
+            probabilities = exponentials / exponentials.sum(dim=-1, keepdim=True)
+            p = bits_by_table(exponentials, alpha["probs"])
         else:
-            scores = masked(whole.to(query.dtype) * factor, mask)
-            p = self.of("probs")(scores.softmax(dim=-1, dtype=torch.float64))[0]
+            probabilities = masked(whole.to(query.dtype) * factor, mask).softmax(dim=-1, dtype=torch.float64)
+            p = self.of("probs")(probabilities)[0]
+        probabilities = self.dropped(probabilities, dropout)  # the same: in training there is no twin
         values = Operand.of(levels["value"].transpose(-1, -2), self.of("value").levels)
         context = product(Operand.of(p, self.of("probs").levels), values)
         if self.hands_on is not None:
-            return levels_of(context >= self.hands_on, True), p.to(query.dtype)
-        return context.to(query.dtype) * (alpha["probs"] * alpha["value"]), p.to(query.dtype)
+            return levels_of(context >= self.hands_on, True), probabilities
+        return context.to(query.dtype) * (alpha["probs"] * alpha["value"]), probabilities
 
 
 def levels_of(bits: Tensor, signed: bool) -> Tensor:
@@ -180,27 +183,36 @@ def kept(mask: Tensor | None) -> Tensor | None:
     return mask == 0 if bool(((mask == 0) | (mask <= -1e4)).all()) else None
 
 
-def bits_by_table(whole: Tensor, width: int, factor: Tensor, alpha: Tensor, keep: Tensor | None) -> Tensor:
-    """Which probabilities reach α/2, from products of signs, without a softmax (spec 8.4).
-
-    Products of signs take width + 1 values, so that exponentials are looked up in a table of so many; a bit is set
-    where T[d] ≥ (α/2) Z, Z being the sum of a row's T[d] over the keys that are there.
+def by_table(whole: Tensor, width: int, factor: Tensor, keep: Tensor | None) -> Tensor:
+    """Exponentials of scores, from products of signs: they take width + 1 values, which are looked up (spec 8.4).
 
     Args:
         whole: products, (..., queries, keys), of rows of `width` signs.
         width: the head width.
         factor: what a product is multiplied by to be a score.
-        alpha: of the probabilities.
         keep: True where a query may look; everywhere if None.
 
     Returns:
-        0 or 1, float32, of the products' shape.
+        T[d], float64, of the products' shape; 0 where a query may not look.
     """
     scores = torch.arange(-width, width + 1, 2).to(factor.dtype) * factor
     table = (scores.double() - scores.double().max()).exp()
     exponentials = table[(whole + width) // 2]
     if keep is not None:
         exponentials = exponentials * keep + ~keep.any(dim=-1, keepdim=True)  # looking at nothing, a softmax is even
+    return exponentials
+
+
+def bits_by_table(exponentials: Tensor, alpha: Tensor) -> Tensor:
+    """Which probabilities reach α/2, without a softmax: T[d] ≥ (α/2) Z, Z being the sum of a row's T[d].
+
+    Args:
+        exponentials: T[d], (..., queries, keys), float64.
+        alpha: of the probabilities.
+
+    Returns:
+        0 or 1, float32, of the exponentials' shape.
+    """
     return (exponentials >= 0.5 * alpha.double() * exponentials.sum(dim=-1, keepdim=True)).float()
 
 

@@ -27,6 +27,8 @@ from secateur.sparsity.storage import int8_rows
 
 NAME = "secateur_bits"
 SAMPLE = 1 << 16  # values of an activation that are looked at in each batch
+Dropout = float | nn.Module
+"""Share of probabilities set to zero in training, or the module that does so."""
 
 
 @dataclass
@@ -135,16 +137,32 @@ class AttentionBits(nn.ModuleDict):
         """The quantiser of an operand."""
         return cast(Quantizer, self[operand])
 
+    def dropped(self, probabilities: Tensor, dropout: Dropout) -> Tensor:
+        """Probabilities, of which some are zero in training."""
+        if isinstance(dropout, nn.Module):  # which hooks may look at
+            found: Tensor = dropout(probabilities)
+            return found
+        return drop(probabilities, dropout, self.training)
+
+    @torch.no_grad()
+    def supplied(self, probabilities: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens are scored by: rounded probabilities, times their scale, and levels of the values.
+
+        In float64, so that scores of tokens that get as many levels are equal, whatever the order of sums.
+        """
+        levels, alpha = self.of("probs")(probabilities)
+        return levels.double() * alpha.double(), self.of("value")(value)[0].double()
+
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: Dropout, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """Context, (batch, heads, tokens, head width), and the probabilities."""
+        """Context, (batch, heads, tokens, head width), and the probabilities before they are rounded."""
         with torch.autocast(query.device.type, enabled=False):
             (q, of_q), (k, of_k), (v, of_v) = self["query"](query), self["key"](key), self["value"](value)
             scores = masked((q @ k.transpose(-1, -2)) * (of_q * of_k * scaling), mask)
             probabilities = scores.softmax(dim=-1, dtype=torch.float32 if torch.is_grad_enabled() else torch.float64)
-            p, of_p = self["probs"](drop(probabilities, dropout, self.training))
-            return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities.to(query.dtype)
+            p, of_p = self["probs"](self.dropped(probabilities, dropout))
+            return (p.to(v.dtype) @ v) * (of_p * of_v), probabilities
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -160,7 +178,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any = None,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -172,12 +190,12 @@ def attention(
         key: as the query.
         value: as the query.
         attention_mask: (batch, 1, 1 or queries, keys): True where a query may look, or what is added.
-        dropout: share of probabilities set to zero in training.
+        dropout: see `Dropout`.
         scaling: of the products; 1/√(head width) if None.
         kwargs: not used.
 
     Returns:
-        Context, (batch, tokens, heads, head width), and the probabilities.
+        Context, (batch, tokens, heads, head width), and the probabilities before they are rounded.
     """
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise SecateurError(
@@ -186,7 +204,7 @@ def attention(
     bits = cast(AttentionBits, module.attention_bits)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     context, probabilities = bits(query, key, value, attention_mask, dropout, scaling)
-    return context.transpose(1, 2).contiguous(), probabilities
+    return context.transpose(1, 2).contiguous(), probabilities.to(query.dtype)
 
 
 AttentionInterface.register(NAME, attention)

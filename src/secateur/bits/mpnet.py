@@ -26,8 +26,7 @@ class MPNetBits(MPNetSelfAttention):
         q, k, v = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
         added = [part for part in (position_bias, attention_mask) if part is not None]
         mask = added[0] + added[1] if len(added) == 2 else next(iter(added), None)
-        dropout = self.dropout.p if self.training else 0.0
-        context, probabilities = attention(self, q, k, v, mask, dropout, self.attention_head_size**-0.5)
+        context, probabilities = attention(self, q, k, v, mask, self.dropout, self.attention_head_size**-0.5)
         output = self.o(context.flatten(2))
         return (output, probabilities) if output_attentions else (output,)
 

@@ -62,7 +62,9 @@ EDITS: dict[str, type[Slice] | type[Bypass] | type[DropTokens] | type[Sparsify] 
 }
 STORED = (Sparsify, Binarize)
 """Edits that store weights in a form of their own."""
-BINARY = "A binary model cannot be changed any more: cut it first, and binarize it last."
+BINARY = "A binary model cannot be cut any more, but for its tokens: cut it first, and binarize it last."
+AFTER_BINARIZING = (Binarize, DropTokens)
+"""Edits that a binary model takes: other bits, and elimination, which changes no weight."""
 
 
 def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False) -> nn.Module:
@@ -77,10 +79,10 @@ def apply_edits(model: nn.Module, edits: Sequence[Edit], *, empty: bool = False)
         The same model.
 
     Raises:
-        SecateurError: the model is binary already, or eliminates tokens and is to become binary.
+        SecateurError: the model is binary already, and the edit would change its weights.
     """
     for edit in edits:
-        if is_binary(model) and not isinstance(edit, Binarize):
+        if is_binary(model) and not isinstance(edit, AFTER_BINARIZING):
             raise SecateurError(BINARY)
         edit.apply(model, empty=empty)
     return model
@@ -90,7 +92,7 @@ def merge(edits: Sequence[Edit]) -> list[Edit]:
     """The same change with neighbouring slices joined into one, and each sparse weight stored in one way, the last."""
     merged: list[Edit] = []
     for edit in edits:
-        if any(isinstance(one, Binarize) for one in merged) and not isinstance(edit, Binarize):
+        if any(isinstance(one, Binarize) for one in merged) and not isinstance(edit, AFTER_BINARIZING):
             raise SecateurError(BINARY)
         if isinstance(edit, Binarize):  # its bits take the place of values
             merged = [one for one in merged if not isinstance(one, STORED)]

@@ -27,7 +27,7 @@ from secateur.errors import InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import Sites, sites
 from secateur.sparsity.storage import int8_rows
 from secateur.sparsity.weights import base_of, owner_of
-from secateur.tokens.attention import AttentionConfig
+from secateur.tokens.attention import with_attention, without_attention
 
 Embeddings = Literal["float", "int8", "1bit"]
 OPERANDS = ("query", "key", "value", "probs")
@@ -126,8 +126,8 @@ class Binarize:
         module.attention_bits = AttentionBits(levels, like)
         if type(module) in OWN:
             module.__class__ = OWN[type(module)]
-        elif not isinstance(module.config, AttentionConfig):
-            module.config = AttentionConfig(module.config, implementation)
+        else:
+            module.config = with_attention(module.config, implementation)
 
     def present(self, model: nn.Module) -> Binarize:
         """The edit itself: levels do not change by themselves."""
@@ -291,7 +291,7 @@ def _plain(model: nn.Module) -> None:
             if type(module) in own:
                 module.__class__ = own[type(module)]
             else:
-                module.config = cast(AttentionConfig, module.config).under
+                module.config = without_attention(module.config, implementation)
 
 
 def checksum(tensor: Tensor) -> str:
@@ -302,8 +302,6 @@ def checksum(tensor: Tensor) -> str:
 
 def _check(model: nn.Module) -> Sites:
     found = sites(model)
-    if hasattr(model, "secateur"):
-        raise SecateurError("This model eliminates tokens, which 1-bit attention cannot do: binarize another one.")
     if getattr(getattr(model, "config", None), "is_decoder", False):
         raise UnsupportedModel(
             "This model is used as a decoder, and 1-bit attention looks both ways: binarize encoders."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secateur import hub
+from secateur.bits.modules import is_binary
 from secateur.checks import check_fields, check_shares
 from secateur.costs.analytic import macs
 from secateur.costs.budget import Term
@@ -211,6 +212,7 @@ class Late:
 
     def _train(self, model: PreTrainedModel, job: Job, goal: float) -> dict[str, Tensor]:
         """Weights after training with elimination, up to the setting `goal`."""
+        binary = is_binary(model)
         settings = Settings(
             self.epochs,
             self.lr,
@@ -220,7 +222,8 @@ class Late:
             weight_decay=0.01,
             seed=job.seed,
             dropout=self.dropout,
-            bf16=bf16_pays(),
+            bf16=bf16_pays() and not binary,  # rounded sums would reach other levels
+            bf16_products=bf16_pays() and binary,
         )
         turning = Turning(dial_of(model), goal, self.ramp, self.sandwich, job.seed)
         return job.trained(model, settings, [turning], job.distillation(self.distill))

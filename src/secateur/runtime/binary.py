@@ -87,11 +87,14 @@ class ProductLevels:
         """What whole products of probabilities and values are multiplied by."""
         return self.probs.alpha * self.value.alpha
 
+    def probabilities(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """Levels of the probabilities, (1, heads, queries, keys) float64."""
+        scores = self.query(query) @ self.key(key).transpose(-1, -2) * self.factor(query.shape[-1])
+        return self.probs((scores if bias is None else scores + bias).softmax(dim=-1, dtype=torch.float64))
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """Context, as `bits.modules.AttentionBits` computes it; all (1, heads, tokens, head width)."""
-        scores = self.query(query) @ self.key(key).transpose(-1, -2) * self.factor(query.shape[-1])
-        probabilities = (scores if bias is None else scores + bias).softmax(dim=-1, dtype=torch.float64)
-        return self.probs(probabilities).to(value.dtype) @ self.value(value) * self.context
+        return self.probabilities(query, key, bias).to(value.dtype) @ self.value(value) * self.context
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class TorchEncoder:
             attend = functional.scaled_dot_product_attention if layer.levels is None else layer.levels
             contexts.append(attend(q[None], k[None], v[None], bias)[0])
             if now is not None and now.scoring:
-                scores.append(_score(now, q, k, v, bias))
+                scores.append(_score(layer, now, q, k, v, bias))
         if now is not None and now.scoring:
             now.observe(pad_sequence(scores, batch_first=True, padding_value=-torch.inf))
         return torch.cat([part.transpose(0, 1).flatten(1) for part in contexts])
@@ -180,14 +180,16 @@ def _places(starts: Tensor, now: Pass | None) -> list[Tensor]:
     return [row[:n] for row, n in zip(now.layout.slots, now.layout.lengths, strict=True)]
 
 
-def _score(now: Pass, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _score(layer: LayerPlan, now: Pass, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Scores of an example's tokens, (tokens,), from the queries that ask."""
     real = torch.ones(1, q.shape[1], dtype=torch.bool)
     asked = asking(torch.tensor([q.shape[1]]), now.selection.queries, tokens=q.shape[1])
-    logits = q[None, :, asked[0]] @ k[None].transpose(2, 3) * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias[:, :, asked[0]]
-    return now.score(logits.softmax(dim=-1), real, v[None], asked)[0]
+    q, k, v, bias = q[None, :, asked[0]], k[None], v[None], None if bias is None else bias[:, :, asked[0]]
+    if layer.levels is not None:
+        rounded = layer.levels.probabilities(q, k, bias) * layer.levels.probs.alpha.double()
+        return now.score(rounded, real, layer.levels.value(v), asked)[0]
+    logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    return now.score((logits if bias is None else logits + bias).softmax(dim=-1), real, v, asked)[0]
 
 
 def _bias(layer: LayerPlan, places: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from secateur.bits.modules import AttentionBits
 from secateur.tokens.scores import SHORT, asking
 from secateur.tokens.state import CURRENT, Pass, current
 
@@ -35,11 +36,6 @@ class AttentionConfig:
     def _attn_implementation(self) -> Any:
         return self._name() or self._config._attn_implementation
 
-    @property
-    def under(self) -> Any:
-        """The config itself."""
-        return self._config
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in (
             "_config",
@@ -52,6 +48,22 @@ class AttentionConfig:
 def eliminating() -> str:
     """The name of our attention while tokens are eliminated, else none."""
     return NAME if CURRENT.get() is not None else ""
+
+
+def with_attention(config: Any, name: Callable[[], str]) -> Any:
+    """A view of a config that names an attention function; elimination's, which runs any other one, comes first."""
+    if name is not eliminating and isinstance(config, AttentionConfig) and config._name is eliminating:
+        return AttentionConfig(AttentionConfig(config._config, name), eliminating)
+    return AttentionConfig(config, name)
+
+
+def without_attention(config: Any, name: Callable[[], str]) -> Any:
+    """Inverse of `with_attention`; a config that does not name the function stays as it is."""
+    if not isinstance(config, AttentionConfig):
+        return config
+    if config._name is name:
+        return config._config
+    return AttentionConfig(without_attention(config._config, name), config._name)
 
 
 def attention(
@@ -68,7 +80,7 @@ def attention(
     """An attention function as transformers calls it; the mask that comes with the call is ignored.
 
     Args:
-        module: the attention module.
+        module: the attention module; one with `attention_bits` multiplies quantised operands.
         query: (batch, heads, width, head width), or (1, heads, Σ lengths, head width) when packed.
         key: as the query; fewer heads are shared between groups of query heads.
         value: as the key.
@@ -81,7 +93,7 @@ def attention(
     Returns:
         (batch, width, heads, head width), and None for the probabilities.
     """
-    now = current()
+    now, bits = current(), getattr(module, "attention_bits", None)
     layout = now.layout
     if not (layout.packed and layout.ragged):
         if layout.packed:
@@ -89,7 +101,7 @@ def attention(
         mask = _windowed(now.mask(), layout.slots, sliding_window)
         real = layout.valid if now.scoring else None
         triangle = now.triangle and sliding_window is None
-        context, score = _block(query, key, value, mask, real, now, scaling, dropout, triangle)
+        context, score = _block(bits, query, key, value, mask, real, now, scaling, dropout, triangle)
         if score is not None:
             now.observe(score)
         return (context.flatten(0, 1)[None] if layout.packed else context), None
@@ -99,7 +111,8 @@ def attention(
         q, k, v = (_grouped(part, group.index, group.shape) for part in (query, key, value))
         places = slots[group.index].view(group.shape) if slots is not None else None
         mask = _windowed(group.valid[:, None, None, :] if group.ragged else None, places, sliding_window)
-        context, score = _block(q, k, v, mask, group.valid if now.scoring else None, now, scaling, dropout)
+        real = group.valid if now.scoring else None
+        context, score = _block(bits, q, k, v, mask, real, now, scaling, dropout)
         contexts.append(context.flatten(0, 1).index_select(0, group.rows))
         if score is not None:
             scores.append(score.flatten().index_select(0, group.rows))
@@ -130,6 +143,7 @@ def _windowed(mask: Tensor | None, slots: Tensor | None, window: int | None) -> 
 
 
 def _block(
+    bits: AttentionBits | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -143,7 +157,8 @@ def _block(
     """Attention of a padded block; with `real`, tokens are scored.
 
     Short blocks write out the probabilities, which then serve both ends. Long ones run fused, and write out those of
-    the queries that score.
+    the queries that score. Quantised operands are multiplied as they are without elimination, and tokens are scored by
+    what is multiplied: probabilities and values as they are rounded.
 
     Returns:
         (batch, queries, heads, head width), and the score (batch, keys).
@@ -153,25 +168,31 @@ def _block(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, tokens, exporting = now.selection.queries, query.shape[2], torch.compiler.is_exporting()
-    if real is not None and (exporting or tokens <= SHORT * queries):
+    short, probabilities = tokens <= SHORT * queries, None
+    if bits is not None:
+        context, probabilities = bits(query, key, value, mask, dropout, scale)
+        if real is not None:
+            probabilities, value = bits.supplied(probabilities, value)
+    elif real is not None and (exporting or short):
         probabilities = _probabilities(query, key, mask, scale)
         context = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0) @ value
-        if not exporting:
-            return context.transpose(1, 2), now.score(probabilities, real, value)
-        places = asking(real.sum(dim=-1), queries, tokens=tokens)  # a graph of every length has one form for all
-        probabilities = probabilities.gather(2, _rows(places).expand(-1, query.shape[1], -1, tokens))
-        return context.transpose(1, 2), now.score(probabilities, real, value, places)
-    context = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=None if triangle else mask, dropout_p=dropout, scale=scale, is_causal=triangle
-    )
+    else:
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if triangle else mask, dropout_p=dropout, scale=scale, is_causal=triangle
+        )
     if real is None:
         return context.transpose(1, 2), None
+    if probabilities is not None and short and not exporting:  # a graph of every length has one form for all
+        return context.transpose(1, 2), now.score(probabilities, real, value)
     places = asking(real.sum(dim=-1), queries, tokens=tokens, causal=now.selection.causal)
     rows = _rows(places)
-    asked = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
-    if mask is not None and mask.shape[2] > 1:
-        mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
-    probabilities = _probabilities(asked, key.detach(), mask, scale)
+    if probabilities is not None:
+        probabilities = probabilities.gather(2, rows.expand(-1, query.shape[1], -1, tokens))
+    else:
+        asked = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
+        probabilities = _probabilities(asked, key.detach(), mask, scale)
     return context.transpose(1, 2), now.score(probabilities, real, value, places)
 
 

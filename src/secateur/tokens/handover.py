@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidData, UnsupportedModel
 from secateur.families import FAMILIES, Sites, sites
-from secateur.tokens.attention import AttentionConfig, eliminating
+from secateur.tokens.attention import eliminating, with_attention
 from secateur.tokens.specs import TOKEN_SPECS, Carried, TokenSpec
 from secateur.tokens.state import CURRENT, Continuation, Pass
 
@@ -83,9 +83,9 @@ def install(model: nn.Module, beginner: Beginner) -> None:
         attention = heads[index].module
         if spec.probabilities:
             layer.get_submodule(spec.values).register_forward_hook(_Values())
-            layer.get_submodule(spec.probabilities).register_forward_pre_hook(_Watch())
+            layer.get_submodule(spec.probabilities).register_forward_pre_hook(_Watch(attention))
         else:
-            attention.config = AttentionConfig(attention.config, eliminating)  # type: ignore[assignment]
+            attention.config = with_attention(attention.config, eliminating)
         layer.register_forward_pre_hook(_Begin(layer, index, spec, attention), with_kwargs=True)
         if spec.residual:
             layer.get_submodule(spec.residual).register_forward_hook(_Shorten())
@@ -203,13 +203,20 @@ class _Values:
 class _Watch:
     """Before the dropout on attention's probabilities: score the tokens."""
 
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         now = CURRENT.get()
-        if now is not None and now.scoring:
-            probabilities = args[0]
-            values = None if now.values is None else now.values.unflatten(-1, (probabilities.shape[1], -1))
-            now.observe(now.score(probabilities, now.layout.valid, None if values is None else values.transpose(1, 2)))
-            now.values = None
+        if now is None or not now.scoring:
+            return
+        probabilities, values, bits = args[0], now.values, getattr(self.attention, "attention_bits", None)
+        if values is not None:
+            values = values.unflatten(-1, (probabilities.shape[1], -1)).transpose(1, 2)
+            if bits is not None:
+                probabilities, values = bits.supplied(probabilities, values)
+        now.observe(now.score(probabilities, now.layout.valid, values))
+        now.values = None
 
 
 class _Shorten:

@@ -64,7 +64,8 @@ def column_attention(
     attention gives 1/|q|. The query rows of padding are left out, since they would change the ranking.
 
     Args:
-        probabilities: softmax of attention before dropout, (batch, heads, queries, keys).
+        probabilities: softmax of attention before dropout, (batch, heads, queries, keys); computed with in float64 if
+            they are.
         real: True for real tokens, (batch, keys).
         diagonal: count what a token pays to itself.
         values: (batch, heads, keys, head width); given, each head's attention is weighted by ‖v_j‖, which makes S_j
@@ -77,7 +78,8 @@ def column_attention(
     Returns:
         (batch, keys), detached, float32; -inf for padding.
     """
-    attention = probabilities.detach().float()
+    attention = probabilities.detach()
+    attention = attention if attention.dtype == torch.float64 else attention.float()
     counted = (real if places is None else places >= 0).to(attention.dtype)
     whole = not torch.compiler.is_exporting() and bool(counted.all())  # a graph may not depend on values
     columns = (attention if whole else attention * counted[:, None, :, None]).sum(dim=2)
@@ -88,7 +90,7 @@ def column_attention(
         paid = attention.gather(3, own) * counted[:, None, :, None]
         columns = columns.scatter_add(2, own.squeeze(3), -paid.squeeze(3))
     if values is not None:
-        columns = columns * values.detach().float().norm(dim=-1)
+        columns = columns * values.detach().to(columns.dtype).norm(dim=-1)
     total = columns.sum(dim=1)
     if causal:
         total = total / _uniform_causal(real, diagonal, places)
@@ -98,7 +100,7 @@ def column_attention(
         score = total / (attention.shape[1] * counted.sum(dim=-1, keepdim=True).clamp_min(1))
     else:
         score = total / (total * real).sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return score.masked_fill(~real, -math.inf)
+    return score.float().masked_fill(~real, -math.inf)
 
 
 def _uniform_causal(real: Tensor, diagonal: bool, places: Tensor | None) -> Tensor:

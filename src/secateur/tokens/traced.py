@@ -97,7 +97,7 @@ class TracedPass(Pass):
         steps = torch.arange(before.slots.shape[1], device=before.slots.device)
         score = -steps.float().expand(before.slots.shape) if self._score is None else self._score
         score = score.masked_fill(steps < protected, torch.inf).masked_fill(~before.valid, -torch.inf)
-        best = score.topk(width, dim=1).indices
+        best = score.sort(dim=1, descending=True, stable=True).indices[:, :width]  # `topk` takes any of equal ones
         missing = torch.arange(width, device=best.device) >= self._count[:, None]
         ordered = best.masked_fill(missing, before.slots.shape[1]).sort(dim=1).values
         present = ordered < before.slots.shape[1]

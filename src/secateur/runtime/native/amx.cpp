@@ -298,7 +298,7 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
             uint16_t* found_row = probabilities + at;
             inverse[r] = what.levels != nullptr ? run.softmax_levels(row, found_row, held, seen, h, i + r)
                                                 : run.softmax_short(row, found_row, seen, h, i + r);
-            if (paid != nullptr) run.count_in(found_row, inverse[r], seen, tokens, i + r, paid);
+            if (paid != nullptr) run.count_in(found_row, what.levels != nullptr ? 1 : inverse[r], seen, tokens, i + r, paid);
         }
         settle();
         for (int c = 0; c < width / 16; c++) {

@@ -54,7 +54,7 @@ struct AttentionRun {
                 float* row = rows + (size_t)r * padded;
                 inverse[r] = what.levels != nullptr ? softmax_levels(row, row, held, seen, h, i + r)
                                                     : softmax(row, seen, h, i + r);
-                if (paid != nullptr) count_in(row, inverse[r], seen, tokens, i + r, paid);
+                if (paid != nullptr) count_in(row, what.levels != nullptr ? 1 : inverse[r], seen, tokens, i + r, paid);
             }
             for (int c = 0; c < width; c += 2 * LANES) {
                 const int next = c + LANES < width ? LANES : 0;  // the second half of the last columns may not be there
@@ -87,7 +87,7 @@ struct AttentionRun {
     }
 
     // Adds a query's probabilities, which are still to be multiplied by `inverse`, if it is one that asks: all of a short
-    // text, those at s n / queries of a long one.
+    // text, those at s n / queries of a long one. Levels are added up as they are: whole numbers are exact.
     template <class Probability>
     void count_in(const Probability* row, float inverse, const Keys& seen, int tokens, int query, float* paid) const {
         const long asking = what.queries, n = tokens;
@@ -101,9 +101,9 @@ struct AttentionRun {
     }
 
     void end_scores(const float* paid, const Value* values, int tokens, int h, int first) const {
-        float* to = what.scores + (size_t)h * what.score_stride + first;
+        double* to = what.scores + (size_t)h * what.score_stride + first;
         for (int j = 0; j < tokens; j++)
-            to[j] = what.by_value ? paid[j] * sqrtf(squares(values + (size_t)j * qkv.stride)) : paid[j];
+            to[j] = what.by_value ? paid[j] * sqrt((double)squares(values + (size_t)j * qkv.stride)) : paid[j];
     }
 
     float squares(const Value* value) const {

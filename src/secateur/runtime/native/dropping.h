@@ -40,11 +40,11 @@ class Tokens {
         return false;
     }
 
-    // Choose what a layer hands on. `scores`: of each head, `stride` apart; none where nothing was scored.
-    // Returns whether any token goes; `kept` then holds the rows, of those that there were, that stay.
-    bool choose(int layer, const float* scores, int heads, int stride) {
+    // Choose what a layer hands on. `scores`: of each head, `stride` apart, to be multiplied by `unit`; none where nothing
+    // was scored. Returns whether any token goes; `kept` then holds the rows, of those that there were, that stay.
+    bool choose(int layer, const double* scores, int heads, int stride, float unit) {
         if (how == nullptr) return false;
-        average(scores, heads, stride);
+        average(scores, heads, stride, unit);
         kept.clear();
         std::vector<int32_t> order;
         std::vector<int32_t> now(1, 0);
@@ -103,8 +103,9 @@ class Tokens {
         return least(starts[example + 1] - starts[example], most(ends, wanted));
     }
 
-    // Mean of the heads' scores, averaged with those of the layers before.
-    void average(const float* scores, int heads, int stride) {
+    // Mean of the heads' scores, averaged with those of the layers before. Heads are summed up in double: scores of levels
+    // that are equal shall be so in any order.
+    void average(const double* scores, int heads, int stride, float unit) {
         if (scores == nullptr) {
             if (how->beta == 0 || score.empty()) score.assign(count(), 0.0f);
             return;
@@ -114,13 +115,15 @@ class Tokens {
             const int32_t begin = starts[i], end = starts[i + 1];
             float sum = 0, before = 0;
             for (int32_t t = begin; t < end; t++) {
-                for (int h = 0; h < heads; h++) fresh[t] += scores[(size_t)h * stride + t];
+                double all = 0;
+                for (int h = 0; h < heads; h++) all += scores[(size_t)h * stride + t];
+                fresh[t] = (float)all;
                 sum += fresh[t];
                 if (!score.empty()) before += score[t];
             }
             const float tiny = 1.17549435e-38f;
             const int asking = end - begin > SHORT * how->queries ? how->queries : end - begin;
-            const float size = how->by_value ? most_of(sum, tiny) : (float)heads * asking;
+            const float size = how->by_value ? most_of(sum, tiny) : (float)heads * asking / unit;
             for (int32_t t = begin; t < end; t++) {
                 fresh[t] /= size;
                 if (how->beta > 0 && !score.empty())

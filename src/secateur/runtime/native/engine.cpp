@@ -280,7 +280,7 @@ struct sec_encoder {
         fresh.context = allocate(rows * widest_context * entry());
         fresh.narrow = allocate(rows * up_to(config.hidden, WIDE) * entry());
         fresh.scratch = allocate(each * threads * sizeof(float));
-        fresh.scores = allocate(rows * most_heads * sizeof(float));
+        fresh.scores = allocate(rows * most_heads * sizeof(double));
         fresh.last = allocate(rows * config.hidden * sizeof(float));
         if (norms_before) fresh.normed = allocate(rows * config.hidden * sizeof(float));
         *found = std::move(fresh);
@@ -340,11 +340,12 @@ struct sec_encoder {
             const Layer& layer = layers[index];
             const sec_layer& given = layer.given;
             const bool attends = !given.skip_attention && given.heads > 0;
-            float* scores = attends && tokens.scored(index) ? (float*)work.scores.get() : nullptr;
+            double* scores = attends && tokens.scored(index) ? (double*)work.scores.get() : nullptr;
+            const float unit = given.rounded ? layer.levels.probabilities.alpha : 1;
             const Rows context{work.context.get(), up_to(given.heads * given.head_width, 16), half()};
             // Tokens go where they are scored; if their last states are wanted, once they have these.
             auto drop = [&] {
-                if (!tokens.choose(index, scores, given.heads, given_rows)) return;
+                if (!tokens.choose(index, scores, given.heads, given_rows, unit)) return;
                 if (every)
                     for (const auto& [at, row] : tokens.gone) memcpy(states + row * hidden, x + at * hidden, bytes);
                 tokens.shorten(x, bytes);

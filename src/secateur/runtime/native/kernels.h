@@ -71,8 +71,8 @@ struct Attention {
     const int32_t* places;  // of each token in its example, ascending; null: its index there
     const float* rotary;    // places x width: cosines, then sines of half the width each; or null
     int window;             // keys further away than this are not seen; -1: all are
-    // How much attention each token gets, summed over the queries that score: heads x stride, or null.
-    float* scores;
+    // How much attention each token gets, summed over the queries that score: heads x stride, or null. Of levels, how many.
+    double* scores;
     int score_stride, queries;
     bool by_value, diagonal;  // weighted by the size of its value; with what it pays to itself
     const AttentionLevels* levels;  // null: rows are floats
