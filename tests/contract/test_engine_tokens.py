@@ -78,6 +78,16 @@ def test_tokens_that_went_keep_their_last_states(family: str, tier: str) -> None
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("family", PLANNED)
+def test_few_queries_score_a_long_example(family: str, tier: str) -> None:
+    """4 queries of one of more than 16 tokens; all of a shorter one."""
+    model = dialled(tiny_model(family), queries=4)
+    rows = examples([30, 16, 17, 3])
+    with load(model, "fp32", tier=tier) as engine:
+        assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("queries", [4, 64])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_windows_and_long_examples(pooling: str, queries: int, tier: str) -> None:

@@ -182,18 +182,33 @@ def _block(
         )
     if real is None:
         return context.transpose(1, 2), None
-    if probabilities is not None and short and not exporting:  # a graph of every length has one form for all
-        return context.transpose(1, 2), now.score(probabilities, real, value)
+    if probabilities is not None:
+        probabilities, places = asked(probabilities, real, queries, causal=now.selection.causal)
+        return context.transpose(1, 2), now.score(probabilities, real, value, places)
     places = asking(real.sum(dim=-1), queries, tokens=tokens, causal=now.selection.causal)
     rows = _rows(places)
-    if probabilities is not None:
-        probabilities = probabilities.gather(2, rows.expand(-1, query.shape[1], -1, tokens))
-    else:
-        asked = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
-        probabilities = _probabilities(asked, key.detach(), mask, scale)
+    scoring = query.detach().gather(2, rows.expand(-1, query.shape[1], -1, query.shape[3]))
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.expand(len(rows), -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
+    probabilities = _probabilities(scoring, key.detach(), mask, scale)
     return context.transpose(1, 2), now.score(probabilities, real, value, places)
+
+
+def asked(probabilities: Tensor, real: Tensor, queries: int, *, causal: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Probabilities of the queries that score, and their places (`asking`); all of a short block, and None.
+
+    Args:
+        probabilities: (batch, heads, queries, keys).
+        real: True for real tokens, (batch, keys).
+        queries: so many are asked.
+        causal: the last ones.
+    """
+    heads, tokens = probabilities.shape[1], probabilities.shape[3]
+    # a graph of every length has one form for all
+    if tokens <= SHORT * queries and not torch.compiler.is_exporting():
+        return probabilities, None
+    places = asking(real.sum(dim=-1), queries, tokens=tokens, causal=causal)
+    return probabilities.gather(2, _rows(places).expand(-1, heads, -1, tokens)), places
 
 
 def _rows(places: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InvalidData, UnsupportedModel
 from secateur.families import FAMILIES, Sites, sites
-from secateur.tokens.attention import eliminating, with_attention
+from secateur.tokens.attention import asked, eliminating, with_attention
 from secateur.tokens.specs import TOKEN_SPECS, Carried, TokenSpec
 from secateur.tokens.state import CURRENT, Continuation, Pass
 
@@ -215,7 +215,8 @@ class _Watch:
             values = values.unflatten(-1, (probabilities.shape[1], -1)).transpose(1, 2)
             if bits is not None:
                 probabilities, values = bits.supplied(probabilities, values)
-        now.observe(now.score(probabilities, now.layout.valid, values))
+        probabilities, places = asked(probabilities, now.layout.valid, now.selection.queries)
+        now.observe(now.score(probabilities, now.layout.valid, values, places))
         now.values = None
 
 
