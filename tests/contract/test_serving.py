@@ -362,20 +362,24 @@ def test_what_cannot_be_served(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_a_replica_of_ray_serve(folder: Path) -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_replicas_of_ray_serve(replicas: int, folder: Path) -> None:
     ray, ray_serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-        ray_serve.run(deployment(folder, Settings(precision="fp32")))
+        ray_serve.run(deployment(folder, Settings(precision="fp32"), replicas=replicas))
+        running = ray_serve.status().applications["default"].deployments["secateur"].replica_states
+        assert running == {"RUNNING": replicas}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client, ThreadPoolExecutor(4) as pool:
             found = [pool.submit(client.post, "/predict", json={"texts": [text]}) for text in TEXTS for _ in range(5)]
             labels = [each.result(120).json()["predictions"][0]["label"] for each in found]
             assert client.post("/predict", content=b"{").status_code == 422
             assert client.get("/health").json()["threads"] == 1
-            assert 'secateur_requests_total{status="200"} 15' in client.get("/metrics").text
+            if replicas == 1:  # each counts its own
+                assert 'secateur_requests_total{status="200"} 15' in client.get("/metrics").text
         texts: Any = [tuple(text) if isinstance(text, list) else text for text in TEXTS for _ in range(5)]
         assert labels == [("bad", "good")[i] for i in load(folder, "fp32")(texts).argmax(1)]
     finally:
