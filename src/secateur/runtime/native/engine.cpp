@@ -1,4 +1,4 @@
-// The encoder: packed weights of every layer, and the passes over a ragged batch. Knows no instructions of its own.
+// The encoder: its layers, and the passes over a ragged batch. Knows no instructions of its own.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,40 +12,17 @@
 #include "dropping.h"
 #include "kernels.h"
 #include "secateur.h"
-#include "tiers.h"
+#include "storage.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <sys/mman.h>
-#endif
-
 namespace secateur {
 namespace {
 
-constexpr size_t LARGE = 1 << 21;  // bytes of a large page
 constexpr int CHUNK = 256;  // tokens of whole examples that go through the layers together, so that they stay in cache
 constexpr int MOST_ENTERING = 512;  // where most of them go on the way
-constexpr double MASKED = 0.75;  // share of its bytes that a map may take at most for its zeros to be left out
-
-struct Freed {
-    void operator()(void* p) const { free(p); }
-};
-using Memory = std::unique_ptr<char, Freed>;
-
-Memory allocate(size_t bytes) {
-    const size_t page = bytes >= LARGE ? LARGE : 64;
-    void* found = aligned_alloc(page, (bytes + SLACK + page - 1) / page * page);
-    if (found == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (page == LARGE) madvise(found, bytes, MADV_HUGEPAGE);  // weights are read from end to end: fewer page walks
-#endif
-    return Memory(static_cast<char*>(found));
-}
-
-// --- an encoder ----------------------------------------------------------------------------------------------------
 
 struct Norm {
     std::vector<float> gain, shift;
@@ -88,12 +65,7 @@ struct sec_encoder {
     int tier;
     const Kernels* kernels;
     std::vector<Layer> layers;
-    std::vector<Memory> held;
-    char* free_from = nullptr;
-    size_t left = 0;
-    int64_t bytes = 0;
-    bool spread = false;  // some map is kept in fewer bytes than are multiplied
-    int64_t maps = 0, masked = 0, blocks = 0, all_blocks = 0;
+    Storage storage;
     int widest = 0, deepest = 0, widest_context = 0, widest_head = 0, most_heads = 0;
     Norm last;
     bool norms_before = false;
@@ -105,126 +77,10 @@ struct sec_encoder {
     size_t entry() const { return half() ? 2 : 4; }
 
     Map packed(const sec_map& given) {
-        Map map;
-        map.precision = given.signs != nullptr ? BINARY : precision();
-        map.out = given.out;
-        map.in = given.in;
-        map.wide = up_to(given.out, WIDE);
-        map.deep = up_to(given.in, DEPTH);
-        map.bias = floats(given.bias, given.out, map.wide);
-        if (map.precision == INT8 || map.precision == BINARY) {
-            map.scale = floats(given.scale, given.out, map.wide);
-            map.sums = (int32_t*)hold((size_t)map.wide * sizeof(int32_t));
-        } else {
-            map.scale = map.bias;  // is read, and not used
-        }
-        if (map.precision == BINARY) {
-            map.levels = levels_of(given.levels, given.in);
-            spread = true;
-        }
-        find_blocks(given, map);
-        const size_t count = (size_t)map.blocks[map.wide / WIDE] * WIDE * DEPTH;
-        if (map.precision == BINARY) {
-            map.weights = hold(count / 8);
-            kernels->pack_signs(given.signs, map);
-        } else if (map.precision == INT8 && kernels->masks && expands()) {
-            const Memory plain = allocate(count);
-            map.weights = plain.get();
-            kernels->pack(INT8, given.weight, map);
-            keep_bytes(plain.get(), count, map);
-        } else {
-            map.weights = hold(count * (map.precision == FP32 ? 4 : map.precision == BF16 ? 2 : 1));
-            kernels->pack(map.precision, given.weight, map);
-        }
-        maps++;
+        const Map map = storage.packed(given, precision(), *kernels);
         widest = most(widest, map.wide);
         deepest = most(deepest, map.deep);
         return map;
-    }
-
-    // The blocks of a map that are not all 0, of the panels' outputs one after the other.
-    void find_blocks(const sec_map& given, Map& map) {
-        const int across = map.deep / DEPTH, panels = map.wide / WIDE;
-        auto empty = [&](int panel, int step) {
-            if (given.signs != nullptr) return false;
-            const int from = step * DEPTH, to = least(from + DEPTH, given.in);
-            for (int n = panel * WIDE; n < least((panel + 1) * WIDE, given.out); n++)
-                for (int k = from; k < to; k++)
-                    if (given.weight[(size_t)n * given.in + k] != 0) return false;
-            return true;
-        };
-        std::vector<int32_t> steps;
-        map.blocks = (int32_t*)hold((size_t)(panels + 1) * sizeof(int32_t));
-        map.blocks[0] = 0;
-        for (int panel = 0; panel < panels; panel++) {
-            for (int step = 0; step < across; step++)
-                if (!empty(panel, step)) steps.push_back(step);
-            map.blocks[panel + 1] = (int32_t)steps.size();
-        }
-        map.steps = (int32_t*)hold(steps.size() * sizeof(int32_t));
-        if (!steps.empty()) memcpy(map.steps, steps.data(), steps.size() * sizeof(int32_t));
-        blocks += (int64_t)steps.size();
-        all_blocks += (int64_t)across * panels;
-    }
-
-    // Keeps packed bytes: those that are not 0 and where they are, if that takes clearly fewer.
-    void keep_bytes(const char* plain, size_t count, Map& map) {
-        size_t there = 0;
-        for (size_t i = 0; i < count; i++) there += plain[i] != 0;
-        if ((double)(there + count / 8) >= MASKED * (double)count) {
-            map.weights = hold(count);
-            memcpy(map.weights, plain, count);
-            return;
-        }
-        map.weights = hold(there);
-        map.masks = (uint64_t*)hold(count / 8);
-        map.values = (size_t*)hold((size_t)(map.wide / WIDE) * sizeof(size_t));
-        memset(map.values, 0, (size_t)(map.wide / WIDE) * sizeof(size_t));
-        char* to = (char*)map.weights;
-        for (size_t i = 0, panel = 0; i < count; i++) {
-            for (; i == (size_t)map.blocks[panel] * WIDE * DEPTH; panel++) map.values[panel] = to - (char*)map.weights;
-            if (i % 64 == 0) map.masks[i / 64] = 0;
-            if (plain[i] == 0) continue;
-            map.masks[i / 64] |= (uint64_t)1 << i % 64;
-            *to++ = plain[i];
-        }
-        spread = true;
-        masked++;
-    }
-
-    // A copy, padded with zeros; zeros of null.
-    float* floats(const float* from, int count, int padded) {
-        float* to = (float*)hold((size_t)padded * sizeof(float));
-        memset(to, 0, (size_t)padded * sizeof(float));
-        if (from != nullptr) memcpy(to, from, (size_t)count * sizeof(float));
-        return to;
-    }
-
-    Levels levels_of(const sec_levels& given, int columns) {
-        Levels found;
-        found.alpha = given.alpha;
-        found.inverse = 1 / given.alpha;
-        found.shift = given.shift != nullptr ? floats(given.shift, columns, up_to(columns, DEPTH)) : nullptr;
-        found.low = given.low;
-        found.high = given.high;
-        found.sign = given.sign;
-        return found;
-    }
-
-    // Memory for the encoder's life, from blocks of large pages.
-    void* hold(size_t size) {
-        size = (size + 63) / 64 * 64;
-        bytes += (int64_t)size;
-        if (size > left) {
-            const size_t block = size > 4 * LARGE ? size : 4 * LARGE;
-            held.push_back(allocate(block));
-            free_from = held.back().get();
-            left = block;
-        }
-        char* found = free_from;
-        free_from += size;
-        left -= size;
-        return found;
     }
 
     Norm norm_of(const sec_norm& given) const {
@@ -239,8 +95,8 @@ struct sec_encoder {
             if (given.heads > 0 && !given.split) layer.qkv = packed(given.qkv);
             for (int i = 0; i < 3 && given.heads > 0 && given.split; i++) layer.parts[i] = packed(given.parts[i]);
             if (given.heads > 0 && given.split) widest = most(widest, 3 * layer.parts[0].wide);
-            for (int i = 0; i < 3; i++) layer.operands[i] = levels_of(given.operands[i], 0);
-            layer.levels = {levels_of(given.probabilities, 0), given.scores, given.context};
+            for (int i = 0; i < 3; i++) layer.operands[i] = storage.levels_of(given.operands[i], 0);
+            layer.levels = {storage.levels_of(given.probabilities, 0), given.scores, given.context};
             layer.out = packed(given.out);
         }
         if (!given.skip_feed_forward) {
@@ -273,8 +129,8 @@ struct sec_encoder {
         fresh.longest = longest;
         fresh.threads = threads;
         fresh.input = allocate(rows * deepest * (config.precision == INT8 ? 1 : entry()));
-        if (spread) fresh.panels = allocate((size_t)threads * 32 * deepest);
-        if (spread) fresh.rounded = allocate(rows * deepest);
+        if (storage.spread) fresh.panels = allocate((size_t)threads * 32 * deepest);
+        if (storage.spread) fresh.rounded = allocate(rows * deepest);
         fresh.scale = allocate(rows * sizeof(float));
         fresh.wide = allocate(rows * widest * entry());
         fresh.context = allocate(rows * widest_context * entry());
@@ -486,9 +342,10 @@ sec_encoder* sec_open(const sec_config* config, const sec_layer* layers, char* w
 
 void sec_close(sec_encoder* encoder) { delete encoder; }
 int32_t sec_tier(const sec_encoder* encoder) { return encoder->tier; }
-int64_t sec_bytes(const sec_encoder* encoder) { return encoder->bytes; }
+int64_t sec_bytes(const sec_encoder* encoder) { return encoder->storage.bytes; }
 void sec_storage(const sec_encoder* encoder, int64_t* found) {
-    const int64_t held[] = {encoder->maps, encoder->masked, encoder->blocks, encoder->all_blocks};
+    const Storage& kept = encoder->storage;
+    const int64_t held[] = {kept.maps, kept.masked, kept.blocks, kept.all_blocks};
     memcpy(found, held, sizeof held);
 }
 
