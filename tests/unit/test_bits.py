@@ -232,7 +232,7 @@ def test_attention_by_hand() -> None:
         context, probabilities = bits(query, key, value, None, 0.0, 0.5)
     # scores: query 0: (2, -2) · 0.5 · 2 · 0.5 = (1, -1); query 1: 0, 0
     high = 1 / (1 + math.exp(-2))
-    assert torch.allclose(probabilities, torch.tensor([[[[high, 1 - high], [0.5, 0.5]]]]))
+    assert torch.allclose(probabilities, torch.tensor([[[[high, 1 - high], [0.5, 0.5]]]], dtype=torch.float64))
     # levels of the probabilities: 0.88 is 1, 0.12 is 0; 0.5 is above 0.4, so 1 and 1
     wanted = 0.8 * 3.0 * torch.tensor([[[[1.0, -1.0], [2.0, 0.0]]]])
     assert torch.allclose(context, wanted)
