@@ -129,6 +129,8 @@ class Recipe:
                 "bit is the last stage, or late comes behind it: a binary model cannot be cut any more, but for its "
                 "tokens."
             )
+        if names.count("late") > 1:
+            raise SecateurError("late is there once: a model that eliminates tokens has its dial already.")
         return cls(model=recipe["model"], task=task, stages=stages, **given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 import secateur
-from secateur.hub.opening import open_any
 from secateur.runtime import Precision, load
 from tests.conftest import tiny_model
 from tests.contract.test_engine import NATIVE, alone, examples, wide_model
 
-EXPANDING = [tier for tier in NATIVE if tier in ("avx512", "amx")]
-BOUNDS: dict[Precision, float] = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15}
+CPU = Path("/proc/cpuinfo")
+EXPANDING = [
+    tier for tier in NATIVE if tier in ("avx512", "amx") and CPU.is_file() and "avx512_vbmi2" in CPU.read_text()
+]
 
 
 def maps_of(model: Any) -> list[torch.Tensor]:
@@ -49,9 +51,13 @@ def test_blocks(share: float, precision: Precision, tier: str) -> None:
     """Uneven widths: 200 neurons are 7 panels of 32 and 4 blocks of 64, of which the last are not full."""
     model = without_blocks(wide_model(), share)
     rows = examples([9, 1, 33, 64])
-    wanted = alone(model, rows)
-    with load(model, precision, tier=tier, threads=2) as engine:
-        assert (engine(rows) - wanted).abs().max() <= BOUNDS[precision] * wanted.abs().max()
+    whole = copy.deepcopy(model)
+    with torch.no_grad():  # what is too small to count is multiplied
+        for weight in maps_of(whole):
+            weight[weight == 0] = 1e-30
+    with load(model, precision, tier=tier, threads=2) as engine, load(whole, precision, tier=tier) as dense:
+        assert torch.equal(engine(rows), dense(rows))
+        assert dense.info()["storage"]["blocks"] == 1
         there = sum(bool(part.any()) for w in maps_of(model) for row in w.split(32) for part in row.split(64, 1))
         blocks = 3 * (4 * 4 * 2 + 7 * 2 + 4 * 4)
         assert engine.info()["storage"]["blocks"] == there / blocks
@@ -109,13 +115,14 @@ def test_other_families(family: str, precision: Precision) -> None:
 
 
 def test_a_sparse_folder(tmp_path: Path) -> None:
-    """Values in int8 are read as they are stored: no second rounding."""
+    """Values in int8 are rounded once: an engine of the model before it was saved is as near, but for ties."""
     model = without_blocks(wide_model(intermediate_size=256), 0.75)
+    rows = examples([9, 1, 33])
+    with load(model, "int8") as engine:
+        wanted, storage = engine(rows), engine.info()["storage"]
     secateur.sparsify(model, "int8", (32, 64))
     model.save_pretrained(tmp_path)
-    reopened = open_any(tmp_path)
-    rows = examples([9, 1, 33])
     with load(tmp_path, "int8", tokenizer=object()) as engine:
-        assert engine.info()["storage"]["blocks"] < 0.4
-        wanted = alone(reopened, rows)
-        assert (engine(rows) - wanted).abs().max() <= 0.05 * wanted.abs().max()
+        assert engine.info()["storage"] == storage
+        assert storage["blocks"] < 0.4
+        assert (engine(rows) - wanted).abs().max() <= 0.01 * wanted.abs().max()

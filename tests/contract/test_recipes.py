@@ -231,6 +231,7 @@ def test_numbers_as_people_write_them() -> None:
         ({"stages": [{"search": "nas", "objectives": 5}]}, "Stage 1: 'objectives' is a list of names, not 5"),
         ({"stages": [{"search": "nas", "pick": "latency<=5ms"}]}, "Stage 1: pick takes no 'latency' budget"),
         ({"stages": [{"method": "bit"}, {"method": "ptf"}]}, "bit is the last stage"),
+        ({"stages": [{"method": "late"}, {"method": "bit"}, {"method": "late"}]}, "late is there once"),
         ({"stages": [{"method": "bit"}, {"method": "late"}, {"method": "ptf"}]}, "or late comes behind it"),
         ({"stages": [{"finetune": {}}]}, "A recipe has a stage that cuts"),
         ({"stages": [{"method": "ptf", "set": {"method": 1}}]}, "Stage 1: Method 'ptf' has no setting method"),

@@ -140,7 +140,7 @@ def test_kept_tokens_are_nested_ascending_and_hold_the_first(
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "two stay", "few queries"])
+@pytest.mark.parametrize("how", ["plain", "smoothed", "headless", "two stay", "recent", "few queries"])
 def test_the_form_for_export_is_the_same(family: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any count read out of a tensor: the same results, also of tokens that went."""
     model = tiny_model(family)
@@ -151,6 +151,7 @@ def test_the_form_for_export_is_the_same(family: str, how: str, monkeypatch: pyt
     settings: dict[str, dict[str, Any]] = {
         "smoothed": {"beta": 0.5},
         "two stay": {"protected": 2},
+        "recent": {"recent": 2},
         "few queries": {"queries": 2},
     }
     DropTokens(profile=(0.8, 0.8, 0.3), tokens=16, alpha=1.0, **settings.get(how, {})).apply(model)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from secateur.bits.modules import BinaryLinear, is_binary
 from secateur.costs.tokens import TokenCosts
 from secateur.edits import Binarize, DropTokens
-from secateur.edits.tokens import dial_of
+from secateur.edits.tokens import dial_of, has_dial
 from secateur.errors import InvalidModel, UnsupportedModel
 from secateur.families import Site, sites
 from secateur.hub import edits_of
@@ -230,7 +230,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
         activation=ACTIVATIONS[activation],
         layers=layers,
         head=_head(model),
-        dropping=next((Dropping(edit, dial_of(model).costs) for edit in edits if isinstance(edit, DropTokens)), None),
+        dropping=Dropping(dial_of(model).edit, dial_of(model).costs) if has_dial(model) else None,
         binary=is_binary(model),
         last=_norm_if_any(getattr(body, "final_norm", None)),
         most=config.max_position_embeddings if positions is None else 0,

@@ -88,15 +88,19 @@ class TracedPass(Pass):
         """Choose the tokens that the current layer keeps, if it eliminates; `layout` moves on to them."""
         if not self._eliminates:
             return
-        share, before, protected = self._kept[self.layer], self.layout, self.selection.protected
-        wanted = (share * self._real.double() - 1e-6).ceil().long().clamp_min(protected)
+        share, before = self._kept[self.layer], self.layout
+        protected, recent = self.selection.protected, self.selection.recent
+        wanted = (share * self._real.double() - 1e-6).ceil().long().clamp_min(protected + recent)
         self._count = torch.minimum(self._count, wanted)
         width: Any = self.shape[1] * int(share * PARTS) // PARTS + 1  # no count of this batch is larger
-        if protected > 1:
-            width = torch.sym_min(torch.sym_max(width, protected), before.slots.shape[1])
+        if protected + recent > 1:
+            width = torch.sym_min(torch.sym_max(width, protected + recent), before.slots.shape[1])
         steps = torch.arange(before.slots.shape[1], device=before.slots.device)
         score = -steps.float().expand(before.slots.shape) if self._score is None else self._score
-        score = score.masked_fill(steps < protected, torch.inf).masked_fill(~before.valid, -torch.inf)
+        stay = steps < protected
+        if recent:
+            stay = stay | (steps >= before.valid.sum(dim=1, keepdim=True) - recent)
+        score = score.masked_fill(stay, torch.inf).masked_fill(~before.valid, -torch.inf)
         best = score.sort(dim=1, descending=True, stable=True).indices[:, :width]  # `topk` takes any of equal ones
         missing = torch.arange(width, device=best.device) >= self._count[:, None]
         ordered = best.masked_fill(missing, before.slots.shape[1]).sort(dim=1).values

@@ -103,28 +103,27 @@ struct Finished {
 template <Precision P, Activation A, bool SIGNED = true>
 static void tile_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
                          int threads) {
-    constexpr int WHOLE = P == BF16 ? 2 : 1;  // tiles of a block of 16 outputs
+    constexpr int TILES = P == BF16 ? 2 : 1;  // tiles of a block of 16 outputs
     const int bands = (rows + 31) / 32;
-    const size_t stripe = (size_t)(map.deep / DEPTH) * WHOLE * TILE;  // 16 rows
+    const size_t stripe = (size_t)(map.deep / DEPTH) * TILES * TILE;  // 16 rows
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         configure();
         alignas(64) int32_t sums[2][4 * 256];
         int turn = 0;
 #pragma omp for schedule(dynamic, 1)
-        for (int column = 0; column < map.wide; column += 32) {
+        for (int column = 0; column < map.wide; column += WIDE) {
             const Panel<char> panel = panel_of<char>(map, column);
-            const char *low = (const char*)map.weights + (size_t)map.blocks[column / WIDE] * 2 * WHOLE * TILE, *next = nullptr;
+            const char *low = (const char*)map.weights + (size_t)map.blocks[column / WIDE] * 2 * TILES * TILE, *next = nullptr;
             int ahead = 0;  // tiles of the next panel
             if (P == BINARY || (P == INT8 && map.masks != nullptr)) {
-                int8_t* here = (int8_t*)panels + (size_t)omp_get_thread_num() * WIDE * map.deep;
-                low = (const char*)bytes_of(map, column, here).weights;
+                low = (const char*)bytes_of(map, column, panels).weights;
                 settle();
-            } else if (column + 32 < map.wide) {
-                next = low + (size_t)panel.count * 2 * WHOLE * TILE;
-                ahead = panel_of<char>(map, column + 32).count * 2 * WHOLE;
+            } else if (column + WIDE < map.wide) {
+                next = low + (size_t)panel.count * 2 * TILES * TILE;
+                ahead = panel_of<char>(map, column + WIDE).count * 2 * TILES;
             }
-            const int steps = panel.count * WHOLE, each = 32 / most(steps, 1) + 1;
+            const int steps = panel.count * TILES, each = 32 / most(steps, 1) + 1;
             const char* high = low + (size_t)steps * TILE;
             Finished<P, A> last;
             last.scale = scale;
@@ -145,7 +144,7 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 _tile_zero(3);
                 for (int k = 0; k < steps; k++) {
                     const size_t at = (size_t)k * TILE;
-                    const size_t from = ((size_t)panel.steps[k / WHOLE] * WHOLE + k % WHOLE) * TILE;
+                    const size_t from = ((size_t)panel.steps[k / TILES] * TILES + k % TILES) * TILE;
                     _tile_loadd(6, low + at, 64);
                     _tile_loadd(4, top + from, 64);
                     _tile_loadd(7, high + at, 64);

@@ -122,15 +122,15 @@ struct sec_encoder {
         }
         if (found == nullptr) found = std::make_unique<Workspace>();
         if (found->tokens >= tokens && found->longest >= longest && found->threads >= threads) return found;
-        const size_t rows = up_to((int)tokens, BLOCK) + BLOCK;
+        const size_t rows = up_to((int)tokens, BAND) + BAND;
         const size_t each = kernels->attention_scratch(most(widest_head, 1), (int)longest);
         Workspace fresh;
         fresh.tokens = tokens;
         fresh.longest = longest;
         fresh.threads = threads;
         fresh.input = allocate(rows * deepest * (config.precision == INT8 ? 1 : entry()));
-        if (storage.spread) fresh.panels = allocate((size_t)threads * 32 * deepest);
-        if (storage.spread) fresh.rounded = allocate(rows * deepest);
+        if (storage.needs_panels) fresh.panels = allocate((size_t)threads * WIDE * deepest);
+        if (storage.needs_panels) fresh.rounded = allocate(rows * deepest);
         fresh.scale = allocate(rows * sizeof(float));
         fresh.wide = allocate(rows * widest * entry());
         fresh.context = allocate(rows * widest_context * entry());

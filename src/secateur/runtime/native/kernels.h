@@ -11,7 +11,7 @@ enum Activation : int { NONE = 0, GELU = 1, RELU = 2, GELU_TANH = 3 };
 
 constexpr int WIDE = 32;    // outputs of a panel, what outputs are padded to
 constexpr int DEPTH = 64;   // inputs of a block of a panel, what inputs are padded to
-constexpr int BLOCK = 32;   // what rows of buffers are padded to
+constexpr int BAND = 32;   // what rows of buffers are padded to
 constexpr int SLACK = 256;  // bytes that may be read beyond a buffer
 constexpr int SHORT = 4;    // texts of up to so many times the queries that score are scored by all of theirs
 

@@ -298,21 +298,22 @@ __attribute__((target("avx512vbmi2"))) static void expand(const uint64_t* masks,
 }
 #endif
 
-// Weights of one byte of the panel that a column begins, as they are packed, or `here` if they are kept in fewer.
-SEC_INLINE Panel<int8_t> bytes_of(const Map& map, int column, int8_t* here) {
+// Weights of one byte of the panel that a column begins, as they are packed, or in `panels` if they are kept in fewer.
+SEC_INLINE Panel<int8_t> bytes_of(const Map& map, int column, void* panels) {
     Panel<int8_t> panel = panel_of<int8_t>(map, column);
+    if (map.precision != BINARY && map.masks == nullptr) return panel;
     const size_t count = (size_t)panel.count * WIDE * DEPTH;
+    int8_t* here = (int8_t*)panels + (size_t)omp_get_thread_num() * WIDE * map.deep;
     if (map.precision == BINARY) {
         spread((const char*)map.weights + (size_t)column * map.deep / 8, count, here);
-        panel.weights = here;
     }
 #ifdef __AVX512BW__
     if (map.masks != nullptr) {
         const uint64_t* masks = map.masks + (size_t)map.blocks[column / WIDE] * WIDE;
         expand(masks, (const int8_t*)map.weights + map.values[column / WIDE], count, here);
-        panel.weights = here;
     }
 #endif
+    panel.weights = here;
     return panel;
 }
 
@@ -321,7 +322,7 @@ template <class Then>
 [[maybe_unused]] SEC_INLINE void over_panels(const Map& map, void* panels, int threads, Then then) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int column = 0; column < map.wide; column += WIDE)
-        then(column, bytes_of(map, column, (int8_t*)panels + (size_t)omp_get_thread_num() * WIDE * map.deep));
+        then(column, bytes_of(map, column, panels));
 }
 
 // Products of inputs of one byte, with a sign or without, which a tier defines; one that has other products of its own says SEC_OWN_PRODUCT.

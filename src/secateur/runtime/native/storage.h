@@ -19,7 +19,7 @@ namespace secateur {
 namespace {
 
 constexpr size_t LARGE = 1 << 21;  // bytes of a large page
-constexpr double MASKED = 0.75;    // share of its bytes that a map may take at most for its zeros to be left out
+constexpr double MASKED = 0.75;    // share of its bytes below which a map has to come for its zeros to be left out
 
 struct Freed {
     void operator()(void* p) const { free(p); }
@@ -39,7 +39,7 @@ Memory allocate(size_t bytes) {
 class Storage {
   public:
     int64_t bytes = 0, maps = 0, masked = 0, blocks = 0, all_blocks = 0;
-    bool spread = false;  // some map is kept in fewer bytes than are multiplied
+    bool needs_panels = false;  // some map is kept in fewer bytes than are multiplied
 
     Map packed(const sec_map& given, Precision precision, const Kernels& kernels) {
         Map map;
@@ -57,7 +57,7 @@ class Storage {
         }
         if (map.precision == BINARY) {
             map.levels = levels_of(given.levels, given.in);
-            spread = true;
+            needs_panels = true;
         }
         find_blocks(given, map);
         const size_t count = (size_t)map.blocks[map.wide / WIDE] * WIDE * DEPTH;
@@ -130,16 +130,18 @@ class Storage {
         map.weights = hold(there);
         map.masks = (uint64_t*)hold(count / 8);
         map.values = (size_t*)hold((size_t)(map.wide / WIDE) * sizeof(size_t));
-        memset(map.values, 0, (size_t)(map.wide / WIDE) * sizeof(size_t));
+        memset(map.masks, 0, count / 8);
         char* to = (char*)map.weights;
-        for (size_t i = 0, panel = 0; i < count; i++) {
-            for (; i == (size_t)map.blocks[panel] * WIDE * DEPTH; panel++) map.values[panel] = to - (char*)map.weights;
-            if (i % 64 == 0) map.masks[i / 64] = 0;
-            if (plain[i] == 0) continue;
-            map.masks[i / 64] |= (uint64_t)1 << i % 64;
-            *to++ = plain[i];
+        for (int panel = 0; panel < map.wide / WIDE; panel++) {
+            map.values[panel] = to - (char*)map.weights;
+            const size_t begin = (size_t)map.blocks[panel] * WIDE * DEPTH, end = (size_t)map.blocks[panel + 1] * WIDE * DEPTH;
+            for (size_t i = begin; i < end; i++) {
+                if (plain[i] == 0) continue;
+                map.masks[i / 64] |= (uint64_t)1 << i % 64;
+                *to++ = plain[i];
+            }
         }
-        spread = true;
+        needs_panels = true;
         masked++;
     }
 
