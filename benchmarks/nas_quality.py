@@ -184,7 +184,7 @@ def tables(record: dict[str, Any]) -> str:
         f"{record['task']}, {metric} x 100 on test; dense {100 * dense:.1f}. Of each front the point that errs least",
         "on validation within a share of the encoder's parameters.",
         "",
-        "| space | strategy | sampler | sorted | seeds | hypervolume | training | " + " | ".join(head) + " |",
+        "| space | strategy | sampler | sorted | seeds | hypervolume | training + search | " + " | ".join(head) + " |",
         "|---" * (7 + len(GRID)) + "|",
     ]
     for rows in groups.values():
@@ -195,10 +195,10 @@ def tables(record: dict[str, Any]) -> str:
         for share in GRID:
             best = [_best(row["front"], share) for row, _ in rows]
             cells.append("–" if None in best else f"{100 * statistics.mean(b['test'] for b in best if b):.1f}")
-        minutes = statistics.mean(row["seconds"]["train"] for row, _ in rows) / 60
+        minutes = [statistics.mean(row["seconds"][part] for row, _ in rows) / 60 for part in ("train", "search")]
         lines.append(
             f"| {given['space']} | {given['strategy']} | {given['sampler']} | {'yes' if given['order'] else 'no'} | "
-            f"{len(rows)} | {statistics.mean(found):.2f}{spread} | {minutes:.0f} min | " + " | ".join(cells) + " |"
+            f"{len(rows)} | {statistics.mean(found):.2f}{spread} | {minutes[0]:.0f} + {minutes[1]:.0f} min | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines)
 
