@@ -195,10 +195,11 @@ def tables(record: dict[str, Any]) -> str:
         for share in GRID:
             best = [_best(row["front"], share) for row, _ in rows]
             cells.append("–" if None in best else f"{100 * statistics.mean(b['test'] for b in best if b):.1f}")
-        minutes = [statistics.mean(row["seconds"][part] for row, _ in rows) / 60 for part in ("train", "search")]
+        minutes = (statistics.mean(row["seconds"][part] for row, _ in rows) / 60 for part in ("train", "search"))
+        spent = " + ".join(f"{found:.0f}" for found in minutes)
         lines.append(
             f"| {given['space']} | {given['strategy']} | {given['sampler']} | {'yes' if given['order'] else 'no'} | "
-            f"{len(rows)} | {statistics.mean(found):.2f}{spread} | {minutes[0]:.0f} + {minutes[1]:.0f} min | " + " | ".join(cells) + " |"
+            f"{len(rows)} | {statistics.mean(found):.2f}{spread} | {spent} min | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines)
 

@@ -122,8 +122,8 @@ class RoundedEmbedding(nn.Embedding):
 class AttentionBits(nn.ModuleDict):
     """Attention of one block on quantised operands: softmax(Q Kᵀ · scaling + mask) V (spec 2.3).
 
-    Without gradients probabilities are computed in float64, so that which of them reach half of α does not depend on the
-    order of a sum.
+    Without gradients probabilities are computed in float64, so that which of them reach half of α does not depend on
+    the order of a sum.
 
     Args:
         levels: of "query", "key", "value" and "probs".
