@@ -54,6 +54,8 @@ sanitize: $(VENV)/.dev
 	mkdir -p build/sanitized
 	printf '#!/bin/sh\nexec g++ -g -fsanitize=address,undefined -fno-sanitize=alignment "$$@"\n' > build/sanitized/c++
 	chmod +x build/sanitized/c++
+	SECATEUR_CACHE=build/sanitized/cache CXX=$(CURDIR)/build/sanitized/c++ \
+	  $(BIN)/python -c 'from secateur.runtime.build import built; built()'
 	SECATEUR_CACHE=build/sanitized/cache CXX=$(CURDIR)/build/sanitized/c++ ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" UBSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/python -m pytest -q -s tests/contract/test_engine*.py -k "not side and not built_once and not quoted and not fork"
