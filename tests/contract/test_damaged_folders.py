@@ -47,6 +47,14 @@ def test_what_a_config_may_not_say(folders: Path, tmp_path: Path, key: str, valu
         load(tmp_path / "model")
 
 
+def test_negative_heads(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "dense", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": -1}))
+    with pytest.raises(InvalidModel, match="heads of -?[0-9]+ entries: the config is damaged"):
+        load(tmp_path / "model")
+
+
 def test_layers_without_weights_are_not_drawn_at_random(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "dense", tmp_path / "model")
     file = tmp_path / "model" / "config.json"

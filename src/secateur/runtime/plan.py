@@ -184,7 +184,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
 
     Raises:
         UnsupportedModel: another architecture, head or activation, or maps that are no plain ones.
-        InvalidModel: weights that are not finite.
+        InvalidModel: weights that are not finite, or heads without a size.
     """
     found = sites(model)
     name = found.family.name
@@ -196,6 +196,9 @@ def plan_of(model: PreTrainedModel) -> Plan:
     for name_of, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise InvalidModel(f"{name_of} has values that are NaN or infinite: the weights are damaged.")
+    for site in found.heads:
+        if site.units < 0 or site.width < 1:
+            raise InvalidModel(f"{site.name} has {site.units} heads of {site.width} entries: the config is damaged.")
     config, body = model.config, cast(PreTrainedModel, model.base_model)
     relu = any(isinstance(edit, Binarize) and edit.relu for edit in edits)
     named = next(filter(None, (getattr(config, name, None) for name in _ACTIVATION)), None)
