@@ -138,3 +138,14 @@ def test_settings_that_cannot_be() -> None:
         assert engine.speedup == engine.reach == 1
         with pytest.raises(SecateurError, match="no dial"):
             engine.speedup = 2.0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_dial_that_was_never_attached_is_the_models_too(tier: str) -> None:
+    """Attaching an edit is for saving: a live model eliminates without, and so does its engine."""
+    model: Any = tiny_model("bert")
+    apply_edits(model, [DropTokens(profile=(0.8, 0.5, 0.3), tokens=32, alpha=1.0)])
+    rows = examples(LENGTHS)
+    with load(model, "fp32", tier=tier) as engine:
+        assert engine.speedup == model.secateur.speedup > 1.2
+        assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-5
