@@ -98,6 +98,24 @@ def test_real_widths(width: int, bits: int, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("neurons", [640, 600])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
+def test_one_bit_behind_an_activation(activation: str, neurons: int, tier: str) -> None:
+    """Levels that change on both sides of the dip of GELU, in it, never, and at 0; more or fewer rows than a block has."""
+    model = wide_model(hidden_size=64, intermediate_size=neurons, num_hidden_layers=1, hidden_act=activation)
+    model = binary(model, relu=activation == "relu")
+    layer = model.bert.encoder.layer[0]
+    rounding = layer.output.dense.input_bits
+    turns = torch.tensor([0.6, 0.05, 0.002, -0.01, -0.1, -0.16, -0.3, 0.0])
+    with torch.no_grad():
+        step = 0 if rounding.levels.is_sign else rounding.alpha / 2
+        rounding.shift.copy_((turns - step).repeat(len(rounding.shift) // len(turns)))
+        layer.intermediate.dense.weight.mul_(8)
+    for lengths in ([20], [20, 30, 9]):
+        check(model, tier, lengths)
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("how", ["bypassed", *CUTS])
 def test_every_cut(how: str, tier: str) -> None:
     check(binary(attached_cut("bert", how)), tier)

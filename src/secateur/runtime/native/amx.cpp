@@ -9,6 +9,8 @@ namespace secateur {
 namespace {
 
 constexpr int TILE = 1024;  // bytes
+constexpr int RING = 8;         // tiles
+constexpr int FURTHER = 3072;   // bytes from the signs that are spread out to those that are asked for
 
 struct alignas(64) Configuration {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -56,10 +58,63 @@ static void prepare(Precision precision, Rows from, int rows, const Map& map, vo
     (from.half ? prepare_halves<uint16_t> : prepare_halves<float>)(from, rows, map, input, threads);
 }
 
-// Panels of weights are read once for each batch: the next one is asked for while this one is used.
-SEC_INLINE void ask_for(const char* from, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
+// The weights of a panel, brought near a tile at a time while the panel before it is multiplied, which leaves vector units
+// and memory free: asked for, or spread out where they are kept in fewer bytes.
+template <Precision P>
+struct Coming {
+    Panel<char> panel;
+    int tiles = 0, done = 0;
+    const char* kept = nullptr;  // what is left to spread out
+    const uint64_t* masks = nullptr;
+    int8_t* to = nullptr;
+
+    // `panels`: where to spread out, `place` bytes behind it.
+    SEC_MEMBER void begin(const Map& map, int column, void* panels, size_t place) {
+        constexpr int TILES = P == BF16 ? 2 : 1;
+        const size_t first = (size_t)map.blocks[column / WIDE] * WIDE * DEPTH;
+        panel = panel_of<char>(map, column);
+        tiles = panel.count * 2 * TILES;
+        done = 0;
+        kept = panel.weights = (const char*)map.weights + first * TILES;
+        if (P == BINARY) {
+            kept = (const char*)map.weights + first / 8;
+        } else if (P == INT8 && map.masks != nullptr) {
+            kept = (const char*)map.weights + map.values[column / WIDE];
+            masks = map.masks + first / 64;
+        } else {
+            return;
+        }
+        to = (int8_t*)panels + place;
+        panel.weights = (const char*)to;
+    }
+
+    // Signs in the order of steps, two tiles each, into a ring that stays in the nearest cache: for weights that are
+    // multiplied once. `first` is the panel's first tile, counted from the thread's first panel.
+    SEC_MEMBER void go_round(int until, int8_t* ring, int first) {
+        for (; done < until; done++) {
+            const char* from = kept + (size_t)(done % 2 * (tiles / 2) + done / 2) * (TILE / 8);
+            for (int i = 0; i < TILE / 8; i += 64) __builtin_prefetch(from + FURTHER + i);
+            spread(from, TILE, ring + (first + done) % RING * TILE);
+        }
+    }
+
+    SEC_MEMBER void go_on(int until) {
+        for (; done < until; done++) {
+            if (P == BINARY) {
+                spread(kept, TILE, to);
+                kept += TILE / 8;
+                to += TILE;
+            } else if (P == INT8 && masks != nullptr) {
+                kept = (const char*)expand(masks, (const int8_t*)kept, TILE, to);
+                masks += TILE / 64;
+                to += TILE;
+            } else {
+                for (int i = 0; i < TILE; i += 64) __builtin_prefetch(kept + i, 0, 2);
+                kept += TILE;
+            }
+        }
+    }
+};
 
 // A block of 32 x 32 sums, written out row by row while the next one is computed.
 template <Precision P, Activation A>
@@ -106,25 +161,34 @@ static void tile_product(const void* input, const float* scale, int rows, const 
     constexpr int TILES = P == BF16 ? 2 : 1;  // tiles of a block of 16 outputs
     const int bands = (rows + 31) / 32;
     const size_t stripe = (size_t)(map.deep / DEPTH) * TILES * TILE;  // 16 rows
+    int free_column = 0;  // taken one ahead, so that each thread knows which panel comes next
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         configure();
         alignas(64) int32_t sums[2][4 * 256];
-        int turn = 0;
-#pragma omp for schedule(dynamic, 1)
-        for (int column = 0; column < map.wide; column += WIDE) {
-            const Panel<char> panel = panel_of<char>(map, column);
-            const char *low = (const char*)map.weights + (size_t)map.blocks[column / WIDE] * 2 * TILES * TILE, *next = nullptr;
-            int ahead = 0;  // tiles of the next panel
-            if (P == BINARY || (P == INT8 && map.masks != nullptr)) {
-                low = (const char*)bytes_of(map, column, panels).weights;
-                settle();
-            } else if (column + WIDE < map.wide) {
-                next = low + (size_t)panel.count * 2 * TILES * TILE;
-                ahead = panel_of<char>(map, column + WIDE).count * 2 * TILES;
-            }
+        int turn = 0, side = 0, first = 0;
+        const size_t room = (size_t)WIDE * map.deep, mine = 2 * omp_get_thread_num() * room;
+        const bool once = P == BINARY && bands == 1;
+        int8_t* ring = once ? (int8_t*)panels + mine : nullptr;
+        Coming<P> coming;
+        auto take = [&] {
+            const int column = __atomic_fetch_add(&free_column, WIDE, __ATOMIC_RELAXED);
+            if (column < map.wide) coming.begin(map, column, panels, mine + (side ^= 1) * room);
+            return column;
+        };
+        int column = take(), following;
+        if (once)
+            coming.go_round(least(RING - 2, coming.tiles), ring, 0);
+        else if (coming.to != nullptr)
+            coming.go_on(coming.tiles);
+        for (; column < map.wide; column = following) {
+            Coming<P> now = coming;
+            const Panel<char> panel = now.panel;
             const int steps = panel.count * TILES, each = 32 / most(steps, 1) + 1;
-            const char* high = low + (size_t)steps * TILE;
+            const char *low = panel.weights, *high = low + (size_t)steps * TILE;
+            following = take();
+            const int ahead = following < map.wide ? coming.tiles : 0;
+            settle();
             Finished<P, A> last;
             last.scale = scale;
             last.column = column;
@@ -132,7 +196,6 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 last.gain[half] = load(map.scale + column + half * LANES);
                 last.bias[half] = load(map.bias + column + half * LANES);
             }
-            int asked = 0;
             for (int band = 0; band < bands; band++) {
                 const int row = band * 32;
                 const bool second = rows - row > 16;
@@ -145,9 +208,9 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 for (int k = 0; k < steps; k++) {
                     const size_t at = (size_t)k * TILE;
                     const size_t from = ((size_t)panel.steps[k / TILES] * TILES + k % TILES) * TILE;
-                    _tile_loadd(6, low + at, 64);
+                    _tile_loadd(6, once ? (const char*)ring + (first + 2 * k) % RING * TILE : low + at, 64);
                     _tile_loadd(4, top + from, 64);
-                    _tile_loadd(7, high + at, 64);
+                    _tile_loadd(7, once ? (const char*)ring + (first + 2 * k + 1) % RING * TILE : high + at, 64);
                     if (second) _tile_loadd(5, bottom + from, 64);
                     if constexpr (P != BF16 && !SIGNED) {
                         _tile_dpbusd(0, 4, 6);
@@ -171,9 +234,13 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                             _tile_dpbf16ps(3, 5, 7);
                         }
                     }
-                    while (asked < ahead && (band * steps + k) * ahead >= asked * bands * steps) {
-                        ask_for(next + (size_t)asked * TILE, TILE);
-                        asked++;
+                    if (once) {
+                        const int until = 2 * k + RING;  // over the two that were read just now
+                        now.go_round(least(until, now.tiles), ring, first);
+                        coming.go_round(least(until - now.tiles, ahead), ring, first + now.tiles);
+                        settle();
+                    } else {
+                        coming.go_on(((band * steps + k + 1) * ahead) / (bands * steps));
                     }
                     if (last.sums != nullptr) last.write(last, to, each);
                 }
@@ -192,6 +259,8 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 last.done = 0;
             }
             last.write(last, to, 32);
+            if (coming.to != nullptr && !once) coming.go_on(ahead);  // of a panel without blocks
+            first += now.tiles;
         }
         release();
     }

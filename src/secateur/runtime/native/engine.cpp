@@ -103,6 +103,7 @@ struct sec_encoder {
             if (given.neurons > 0) layer.up = packed(given.up);
             if (given.neurons > 0 && given.gate.weight != nullptr) layer.gate = packed(given.gate);
             layer.down = packed(given.down);
+            storage.find_turns(layer.down, (Activation)config.activation);
             widest = most(widest, layer.up.wide + layer.gate.wide);
         }
         if (given.relative != nullptr)
@@ -129,7 +130,7 @@ struct sec_encoder {
         fresh.longest = longest;
         fresh.threads = threads;
         fresh.input = allocate(rows * deepest * (config.precision == INT8 ? 1 : entry()));
-        if (storage.needs_panels) fresh.panels = allocate((size_t)threads * WIDE * deepest);
+        if (storage.needs_panels) fresh.panels = allocate((size_t)threads * 2 * WIDE * deepest);
         if (storage.needs_panels) fresh.rounded = allocate(rows * deepest);
         fresh.scale = allocate(rows * sizeof(float));
         fresh.wide = allocate(rows * widest * entry());

@@ -25,6 +25,8 @@ struct Levels {
     const float* shift = nullptr;  // of each column, or null: 0
     int low = 0, high = 0;
     bool sign = false;
+    // Of two levels behind an activation, or null: the upper one is reached by sums up to `below` and from `above` on.
+    const float *below = nullptr, *above = nullptr;
 };
 
 // A packed linear map. Outputs beyond `out` have weight and bias 0; binary ones are given rows that are 0 beyond `in`.
@@ -87,7 +89,7 @@ struct Kernels {
     void (*pack_signs)(const uint64_t* words, Map& map);  // rows of words, the first sign in the lowest bit
     // Rows as a product reads them: `input` has rows x map.deep entries of the precision, `scale` one for each row.
     void (*prepare)(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads);
-    // `panels`: WIDE x map.deep bytes for each thread, where weights are spread out that are kept in fewer.
+    // `panels`: 2 x WIDE x map.deep bytes for each thread, where weights are spread out that are kept in fewer.
     void (*product)(Precision precision, const void* input, const float* scale, int rows, const Map& map,
                     Activation activation, Rows to, void* panels, int threads);
     // qkv: queries, keys and values side by side, each heads x width.

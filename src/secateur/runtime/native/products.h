@@ -227,12 +227,21 @@ template <Activation A>
 SEC_INLINE void finish(Rows to, int row, int column, vf value) {
     if (to.next != nullptr) {
         const Levels& how = to.next->levels;
+        vb* at = (vb*)((int8_t*)to.data + input_place(*to.next, row, column));
+        if (how.above != nullptr) {
+            const vi upper = (value >= load(how.above + column)) | (value <= load(how.below + column));
+            *at = __builtin_convertvector((upper ? vi{} + how.high : vi{} + how.low) + raised(*to.next), vb);
+            return;
+        }
         const vf shift = how.shift != nullptr ? load(how.shift + column) : vf{};
         const vi found = level_of(activated<A, false>(value), shift, how) + raised(*to.next);
-        *(vb*)((int8_t*)to.data + input_place(*to.next, row, column)) = __builtin_convertvector(found, vb);
+        *at = __builtin_convertvector(found, vb);
         return;
     }
-    if (to.levels != nullptr) value = __builtin_convertvector(level_of(value, vf{}, *to.levels), vf);
+    if (to.levels != nullptr && to.levels->sign)
+        value = value >= 0 ? splat(1.0f) : splat(-1.0f);
+    else if (to.levels != nullptr)
+        value = __builtin_convertvector(level_of(value, vf{}, *to.levels), vf);
     if (to.half)
         store((uint16_t*)to.data + (size_t)row * to.stride + column, activated<A, true>(value));
     else
@@ -289,12 +298,13 @@ template <Activation A>
 }
 
 #ifdef __AVX512BW__
-// Bytes of which only those that are not 0 are kept; `count` is a multiple of 64.
-__attribute__((target("avx512vbmi2"))) static void expand(const uint64_t* masks, const int8_t* kept, size_t count, int8_t* to) {
+// Bytes of which only those that are not 0 are kept; `count` is a multiple of 64. Returns where what is kept goes on.
+__attribute__((target("avx512vbmi2"))) static const int8_t* expand(const uint64_t* masks, const int8_t* kept, size_t count, int8_t* to) {
     for (size_t i = 0; i < count / 64; i++) {
         _mm512_storeu_si512(to + 64 * i, _mm512_maskz_expandloadu_epi8(masks[i], kept));
         kept += __builtin_popcountll(masks[i]);
     }
+    return kept;
 }
 #endif
 

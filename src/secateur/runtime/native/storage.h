@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "secateur.h"
 #include "tiers.h"
+#include "turns.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -75,6 +76,24 @@ class Storage {
         }
         maps++;
         return map;
+    }
+
+    // Of a binary map that reads two levels behind an activation: the sums at which they change, so that the activation
+    // itself is not computed.
+    void find_turns(Map& map, Activation activation) {
+        Levels& how = map.levels;
+        if (map.precision != BINARY || how.high - how.low != (how.sign ? 2 : 1)) return;
+        std::vector<float> below(map.in), above(map.in);
+        for (int k = 0; k < map.in; k++) {
+            const float middle = how.sign ? 0 : how.alpha * (how.low + 0.5f);
+            const double turn = (double)(how.shift != nullptr ? how.shift[k] : 0) + middle;
+            if (k > 0 && how.shift != nullptr && how.shift[k] == how.shift[k - 1])
+                below[k] = below[k - 1], above[k] = above[k - 1];
+            else
+                reached(activation, turn, below[k], above[k]);
+        }
+        how.below = floats(below.data(), map.in, map.deep);
+        how.above = floats(above.data(), map.in, map.deep);
     }
 
     Levels levels_of(const sec_levels& given, int columns) {

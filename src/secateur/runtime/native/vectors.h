@@ -31,6 +31,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias
 typedef int8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 #define SEC_INLINE static inline __attribute__((always_inline))
+#define SEC_MEMBER inline __attribute__((always_inline))
 // Loops over sums that shall stay in registers: unless they are unrolled, the sums become an array on the stack.
 #ifdef __clang__
 #define SEC_UNROLL _Pragma("clang loop unroll(full)")
@@ -148,7 +149,8 @@ SEC_INLINE vf exponential(vf x) {
 #endif
 }
 
-// x Φ(x), Φ by Abramowitz and Stegun 7.1.26: absolute error of the error function below 2e-7.
+// x Φ(x), Φ by Abramowitz and Stegun 7.1.26: absolute error of the error function below 2e-7. As in torch, 1 + erf ends in
+// 0, which is a level above what is just below 0.
 SEC_INLINE vf gelu(vf x) {
     vf z = absolute(x) * 0.70710678118f;
     vf t = 1.0f / (1.0f + z * 0.3275911f);
@@ -157,14 +159,14 @@ SEC_INLINE vf gelu(vf x) {
     p = p * t + 1.421413741f;
     p = p * t - 0.284496736f;
     p = p * t + 0.254829592f;
-    vf tail = p * t * exponential(-z * z);  // 1 - erf z
-    vf cumulative = x < vf{} ? 0.5f * tail : 1.0f - 0.5f * tail;
-    return x * cumulative;
+    const vf erf = 1.0f - p * t * exponential(-z * z);
+    return x * (0.5f * (x < vf{} ? 1.0f - erf : 1.0f + erf));
 }
 
 SEC_INLINE vf gelu_tanh(vf x) {
     vf u = x * (1.5957691216f + 0.0713548162726f * x * x);
-    return x / (1.0f + exponential(-u));
+    const vf tanh = 2.0f / (1.0f + exponential(-u)) - 1.0f;
+    return x * (0.5f * (1.0f + tanh));
 }
 
 // For results that are kept in bfloat16: 2^t with a relative error below 1e-4; t is at most 127.
