@@ -9,6 +9,7 @@ namespace secateur {
 namespace {
 
 constexpr int TILE = 1024;  // bytes
+constexpr size_t NEAREST = 40 << 10;  // bytes of the nearest cache that tiles may fill
 constexpr int RING = 8;         // tiles
 constexpr int FURTHER = 3072;   // bytes from the signs that are spread out to those that are asked for
 
@@ -161,6 +162,8 @@ static void tile_product(const void* input, const float* scale, int rows, const 
     constexpr int TILES = P == BF16 ? 2 : 1;  // tiles of a block of 16 outputs
     const int bands = (rows + 31) / 32;
     const size_t stripe = (size_t)(map.deep / DEPTH) * TILES * TILE;  // 16 rows
+    // Where a panel and 32 rows do not go into the nearest cache together, rows pass it by and the panel stays.
+    const bool passing = bands > 1 && 4 * stripe > NEAREST;
     int free_column = 0;  // taken one ahead, so that each thread knows which panel comes next
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -209,9 +212,17 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                     const size_t at = (size_t)k * TILE;
                     const size_t from = ((size_t)panel.steps[k / TILES] * TILES + k % TILES) * TILE;
                     _tile_loadd(6, once ? (const char*)ring + (first + 2 * k) % RING * TILE : low + at, 64);
-                    _tile_loadd(4, top + from, 64);
+                    if (passing) {
+                        _tile_stream_loadd(4, top + from, 64);
+                    } else {
+                        _tile_loadd(4, top + from, 64);
+                    }
                     _tile_loadd(7, once ? (const char*)ring + (first + 2 * k + 1) % RING * TILE : high + at, 64);
-                    if (second) _tile_loadd(5, bottom + from, 64);
+                    if (second && passing) {
+                        _tile_stream_loadd(5, bottom + from, 64);
+                    } else if (second) {
+                        _tile_loadd(5, bottom + from, 64);
+                    }
                     if constexpr (P != BF16 && !SIGNED) {
                         _tile_dpbusd(0, 4, 6);
                         _tile_dpbusd(1, 4, 7);

@@ -114,12 +114,28 @@ static void pack_int8(const float* weight, Map& map) {
 
 // --- rows into what a product reads --------------------------------------------------------------------------------
 
-template <class From>
-SEC_INLINE float largest(const From* from, int count) {
-    vf high = {};
+// The largest size among numbers: without their signs they are in the order of the whole numbers that their bits make.
+SEC_INLINE float largest(const float* from, int count) {
+    vi high[2] = {};
     int k = 0;
-    for (; k + LANES <= count; k += LANES) high = larger(high, absolute(load(from + k)));
-    float found = highest(high);
+    for (; k + 2 * LANES <= count; k += 2 * LANES)
+        for (int i = 0; i < 2; i++) {
+            const vi bits = *(const vi*)(from + k + i * LANES) & 0x7fffffff;
+            high[i] = bits > high[i] ? bits : high[i];
+        }
+    float found = highest((vf)(high[0] > high[1] ? high[0] : high[1]));
+    for (; k < count; k++) found = fabsf(from[k]) > found ? fabsf(from[k]) : found;
+    return found;
+}
+SEC_INLINE float largest(const uint16_t* from, int count) {
+    typedef uint16_t vw __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+    vw high = {};
+    int k = 0;
+    for (; k + 2 * LANES <= count; k += 2 * LANES) {
+        const vw bits = *(const vw*)(from + k) & 0x7fff;
+        high = bits > high ? bits : high;
+    }
+    float found = highest(larger((vf)((vu)high & 0xffff0000), (vf)((vu)high << 16)));
     for (; k < count; k++) found = fabsf(one(from + k)) > found ? fabsf(one(from + k)) : found;
     return found;
 }
@@ -137,7 +153,18 @@ SEC_INLINE size_t input_place(const Map& map, int row, int k) {
 template <class From>
 SEC_INLINE void quantise(const From* from, int row, const Map& map, float factor, void* input) {
     const int count = map.in;
-    for (int k = 0; k < map.deep; k += LANES) {
+    int k = 0;
+#ifdef __AVX512BW__
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing goes by lanes
+    for (; k + 64 <= count; k += 64) {
+        __m512i found[4];
+        for (int i = 0; i < 4; i++) found[i] = (__m512i)whole(load(from + k + 16 * i) * factor);
+        const __m512i low = _mm512_packs_epi32(found[0], found[1]), high = _mm512_packs_epi32(found[2], found[3]);
+        const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+        _mm512_storeu_si512((int8_t*)input + input_place(map, row, k), _mm512_add_epi8(bytes, _mm512_set1_epi8((char)SEC_RAISED)));
+    }
+#endif
+    for (; k < map.deep; k += LANES) {
         float held[LANES] = {};
         vf x;
         if (k + LANES <= count) {
