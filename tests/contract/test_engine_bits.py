@@ -101,7 +101,7 @@ def test_real_widths(width: int, bits: int, tier: str) -> None:
 @pytest.mark.parametrize("neurons", [640, 600])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
 def test_one_bit_behind_an_activation(activation: str, neurons: int, tier: str) -> None:
-    """Levels that change on both sides of the dip of GELU, in it, never, and at 0; more or fewer rows than a block has."""
+    """Levels that change on both sides of the dip of GELU, in it, never, and at 0; few rows and many."""
     model = wide_model(hidden_size=64, intermediate_size=neurons, num_hidden_layers=1, hidden_act=activation)
     model = binary(model, relu=activation == "relu")
     layer = model.bert.encoder.layer[0]

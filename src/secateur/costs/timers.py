@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur.costs.analytic import evaluation
 from secateur.costs.inputs import dummy_inputs, run
+from secateur.costs.neighbours import watched
 from secateur.errors import InvalidData
 
 WARMUP_RUNS = 3
@@ -119,13 +120,14 @@ def sample(
     names = list(runners)
     durations: dict[str, list[float]] = {name: [] for name in names}
     begin, rounds = clock(), 0
-    while rounds < min_runs or clock() - begin < seconds:
-        shift = rounds % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = clock()
-            runners[name]()
-            durations[name].append(1000 * (clock() - start))
-        rounds += 1
+    with watched():
+        while rounds < min_runs or clock() - begin < seconds:
+            shift = rounds % len(names)
+            for name in names[shift:] + names[:shift]:
+                start = clock()
+                runners[name]()
+                durations[name].append(1000 * (clock() - start))
+            rounds += 1
     return durations
 
 
