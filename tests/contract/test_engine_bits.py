@@ -122,10 +122,13 @@ def test_every_cut(how: str, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_some_maps_stay_floats(tier: str) -> None:
+@pytest.mark.parametrize("some", ["maps", "operands"])
+def test_the_rest_stays_floats(some: str, tier: str) -> None:
+    """A query map and the second layer are binary; of attention, only what is multiplied with each other."""
     model: Any = tiny_model("bert")
     first = "encoder.layer.0.attention.self.query"
-    sites = [site for site in secateur.edits.binarize.places(model) if site == first or "layer.1" in site]
+    wanted = {"maps": lambda site: site == first or "layer.1" in site, "operands": lambda site: ":" in site}[some]
+    sites = filter(wanted, secateur.edits.binarize.places(model))
     edit = secateur.edits.Binarize(dict.fromkeys(sites, 4))
     apply_edits(model, [edit])
     secateur.bits.modules.calibrate(model, [batch()])

@@ -216,8 +216,8 @@ def implementation() -> str:
 
 
 def is_binary(model: nn.Module) -> bool:
-    """Whether some of a model's maps are binary."""
-    return any(isinstance(module, BinaryLinear) for module in model.modules())
+    """Whether some of a model's maps are binary, or an attention multiplies levels."""
+    return any(isinstance(module, (BinaryLinear, AttentionBits)) for module in model.modules())
 
 
 @contextmanager
