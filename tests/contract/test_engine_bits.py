@@ -116,6 +116,18 @@ def test_one_bit_behind_an_activation(activation: str, neurons: int, tier: str) 
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("hidden", "neurons"), [(64, 640), (128, 64)])
+def test_threads_do_not_meet(hidden: int, neurons: int, tier: str) -> None:
+    """Maps of 64 inputs, whose panels are the smallest, and few rows: what threads spread signs out into is apart."""
+    model = binary(wide_model(hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=2))
+    for rows in (examples([1]), examples([20])):
+        with load(model, tier=tier, threads=1) as engine:
+            wanted = engine(rows)
+            for engine.threads in (2, 4):
+                assert all(torch.equal(engine(rows), wanted) for _ in range(20))
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("how", ["bypassed", *CUTS])
 def test_every_cut(how: str, tier: str) -> None:
     check(binary(attached_cut("bert", how)), tier)

@@ -84,13 +84,15 @@ class Storage {
         Levels& how = map.levels;
         if (map.precision != BINARY || how.high - how.low != (how.sign ? 2 : 1)) return;
         std::vector<float> below(map.in), above(map.in);
+        const float middle = how.sign ? 0 : how.alpha * (how.low + 0.5f);
+        float last = 0;
         for (int k = 0; k < map.in; k++) {
-            const float middle = how.sign ? 0 : how.alpha * (how.low + 0.5f);
-            const double turn = (double)(how.shift != nullptr ? how.shift[k] : 0) + middle;
-            if (k > 0 && how.shift != nullptr && how.shift[k] == how.shift[k - 1])
+            const float shift = how.shift != nullptr ? how.shift[k] : 0;
+            if (k > 0 && shift == last)
                 below[k] = below[k - 1], above[k] = above[k - 1];
             else
-                reached(activation, turn, below[k], above[k]);
+                reached(activation, (double)shift + middle, below[k], above[k]);
+            last = shift;
         }
         how.below = floats(below.data(), map.in, map.deep);
         how.above = floats(above.data(), map.in, map.deep);

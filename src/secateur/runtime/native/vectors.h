@@ -150,7 +150,7 @@ SEC_INLINE vf exponential(vf x) {
 }
 
 // x Φ(x), Φ by Abramowitz and Stegun 7.1.26: absolute error of the error function below 2e-7. As in torch, 1 + erf ends in
-// 0, which is a level above what is just below 0.
+// 0, so that -0 is reached far below 0, and with it a level that begins at 0.
 SEC_INLINE vf gelu(vf x) {
     vf z = absolute(x) * 0.70710678118f;
     vf t = 1.0f / (1.0f + z * 0.3275911f);
