@@ -92,7 +92,7 @@ class Nas:
     space: Kind = "small"
     strategy: Strategy | Literal["alone"] | None = "one-shot"
     order: bool = True
-    sampler: Name = "local"
+    sampler: Name = "evolution"
     evaluations: int = 100
     workers: int = 1
     stratified: bool = True
