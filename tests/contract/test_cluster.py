@@ -67,7 +67,7 @@ def test_a_search_by_two_workers(workers: Workers, tmp_path: Path, monkeypatch: 
         "out": tmp_path / "front",
         "seconds": 0.02,
     }
-    method = Nas(**NAS | {"workers": 2, "evaluations": 14})
+    method = Nas(**NAS | {"workers": 2, "evaluations": 14, "sampler": "local"})
     asked: list[str] = []
     usual = Workers.errors
 
