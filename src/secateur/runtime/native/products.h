@@ -265,7 +265,7 @@ SEC_INLINE void finish(Rows to, int row, int column, vf value) {
         *at = __builtin_convertvector(found, vb);
         return;
     }
-    if (to.levels != nullptr && to.levels->sign)
+    if (to.levels != nullptr && to.levels->sign)  // without whole numbers between
         value = value >= 0 ? splat(1.0f) : splat(-1.0f);
     else if (to.levels != nullptr)
         value = __builtin_convertvector(level_of(value, vf{}, *to.levels), vf);
