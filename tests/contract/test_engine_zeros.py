@@ -76,6 +76,22 @@ def test_masks(share: float, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", EXPANDING)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [9, 32, 33])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_masks_of_panels_without_blocks(share: float, tokens: int, threads: int, tier: str) -> None:
+    """What is spread out ahead of a panel that has fewer blocks than the ones beside it, or none."""
+    model = without_weights(without_blocks(wide_model(), share), 0.7)
+    with torch.no_grad():
+        for weight in maps_of(model):
+            weight[32:64] = 0
+    rows = examples([tokens])
+    with load(model, "int8", tier="avx2") as plain, load(model, "int8", tier=tier, threads=threads) as engine:
+        assert engine.info()["storage"]["masked"] == 12
+        assert (engine(rows) - plain(rows)).abs().max() <= 0.02 * plain(rows).abs().max()
+
+
+@pytest.mark.parametrize("tier", EXPANDING)
 def test_bytes_of_masks(tier: str) -> None:
     """One layer of 64 x 64 maps: of 24,576 weights the 10 of each output are kept, and a bit for every one."""
     model = wide_model(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)

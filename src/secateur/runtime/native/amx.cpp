@@ -13,8 +13,8 @@ constexpr int TILE = 1024;  // bytes
 
 static void pack(Precision precision, const float* weight, Map& map) {
     if (precision != BF16) return generic_pack(precision, weight, map);
-    auto place = [](int n, int k, int deep) {  // 16 outputs, pairs of inputs side by side
-        return (((size_t)(n / 16) * (deep / 2) + k / 2) * 16 + n % 16) * 2 + k % 2;
+    auto place = [](int n, int k, int) {  // pairs of inputs side by side
+        return ((size_t)(k / 32) * 2 + n / 16) * 512 + k % 32 / 2 * 32 + n % 16 * 2 + k % 2;
     };
     for (int n = 0; n < map.wide; n++)
         over_inputs(map, n, place, [&](int k, size_t at) { put((uint16_t*)map.weights + at, weight_at(weight, map, n, k)); });
@@ -77,30 +77,31 @@ struct Coming {
         panel.weights = (const char*)to;
     }
 
-    // Signs in the order of steps, two tiles each, into a ring that stays in the nearest cache: for weights that are
-    // multiplied once. `before`: tiles of the panels before.
+    // Into a ring that stays in the nearest cache: for weights that are multiplied once. `before`: tiles of the panels before.
     SEC_MEMBER void go_round(int until, int8_t* ring, int before) {
-        for (; done < until; done++) {
-            const char* from = kept + (size_t)(done % 2 * (tiles / 2) + done / 2) * (TILE / 8);
-            for (int i = 0; i < TILE / 8; i += 64) __builtin_prefetch(from + FURTHER + i);
-            spread(from, TILE, ring + (before + done) % RING * TILE);
-        }
+        for (; done < until; done++) spread_out(ring + (before + done) % RING * TILE);
     }
 
     SEC_MEMBER void go_on(int until) {
         for (; done < until; done++) {
-            if (P == BINARY) {
-                spread(kept, TILE, to);
-                kept += TILE / 8;
-                to += TILE;
-            } else if (P == INT8 && masks != nullptr) {
-                kept = (const char*)expand(masks, (const int8_t*)kept, TILE, to);
-                masks += TILE / 64;
+            if (to != nullptr) {
+                spread_out(to);
                 to += TILE;
             } else {
                 for (int i = 0; i < TILE; i += 64) __builtin_prefetch(kept + i, 0, 2);
                 kept += TILE;
             }
+        }
+    }
+
+    SEC_MEMBER void spread_out(int8_t* tile) {
+        if (P == BINARY) {
+            for (int i = 0; i < TILE / 8; i += 64) __builtin_prefetch(kept + FURTHER + i);
+            spread(kept, TILE, tile);
+            kept += TILE / 8;
+        } else {
+            kept = (const char*)expand(masks, (const int8_t*)kept, TILE, tile);
+            masks += TILE / 64;
         }
     }
 };
@@ -159,7 +160,7 @@ static void tile_product(const void* input, const float* scale, int rows, const 
         alignas(64) int8_t ring[RING * TILE];
         int turn = 0, side = 0, before = 0;  // tiles of the panels before
         const size_t room = (size_t)WIDE * map.deep, mine = 2 * omp_get_thread_num() * room;
-        const bool once = P == BINARY && bands == 1;
+        const bool once = bands == 1 && (P == BINARY || (P == INT8 && map.masks != nullptr));
         Coming<P> coming;
         auto take = [&] {
             const int column = __atomic_fetch_add(&free_column, WIDE, __ATOMIC_RELAXED);
@@ -175,7 +176,6 @@ static void tile_product(const void* input, const float* scale, int rows, const 
             Coming<P> now = coming;
             const Panel<char> panel = now.panel;
             const int steps = panel.count * TILES, each = 32 / most(steps, 1) + 1;
-            const char *low = panel.weights, *high = low + (size_t)steps * TILE;
             following = take();
             const int ahead = following < map.wide ? coming.tiles : 0;
             settle();
@@ -196,15 +196,15 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 _tile_zero(2);
                 _tile_zero(3);
                 for (int k = 0; k < steps; k++) {
-                    const size_t at = (size_t)k * TILE;
+                    const char* weights = panel.weights + (size_t)2 * k * TILE;
                     const size_t from = ((size_t)panel.steps[k / TILES] * TILES + k % TILES) * TILE;
-                    _tile_loadd(6, once ? (const char*)ring + (before + 2 * k) % RING * TILE : low + at, 64);
+                    _tile_loadd(6, once ? (const char*)ring + (before + 2 * k) % RING * TILE : weights, 64);
                     if (passing) {
                         _tile_stream_loadd(4, top + from, 64);
                     } else {
                         _tile_loadd(4, top + from, 64);
                     }
-                    _tile_loadd(7, once ? (const char*)ring + (before + 2 * k + 1) % RING * TILE : high + at, 64);
+                    _tile_loadd(7, once ? (const char*)ring + (before + 2 * k + 1) % RING * TILE : weights + TILE, 64);
                     if (second && passing) {
                         _tile_stream_loadd(5, bottom + from, 64);
                     } else if (second) {
@@ -257,7 +257,8 @@ static void tile_product(const void* input, const float* scale, int rows, const 
                 last.done = 0;
             }
             last.write(to, 32);
-            if (coming.to != nullptr && !once) coming.go_on(ahead);  // this panel had no blocks
+            if (steps == 0 && once) coming.go_round(least(RING - 2, ahead), ring, before);
+            if (steps == 0 && !once && coming.to != nullptr) coming.go_on(ahead);
             before += now.tiles;
         }
         release();

@@ -42,6 +42,8 @@ SEC_INLINE void over_inputs(const Map& map, int n, Place place, Then then) {
 SEC_INLINE size_t byte_place(int n, int k, int deep) {
 #ifdef SEC_ROW_AFTER_ROW
     return (size_t)n * deep + k;
+#elif defined SEC_TILES  // of each 64 inputs a tile for either half of the outputs
+    return ((size_t)(k / 64) * 2 + n / 16) * 1024 + k % 64 / 4 * 64 + n % 16 * 4 + k % 4;
 #else
     return (((size_t)(n / 16) * (deep / 4) + k / 4) * 16 + n % 16) * 4 + k % 4;
 #endif
