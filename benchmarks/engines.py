@@ -4,12 +4,13 @@
     python benchmarks/engines.py --table      # print the table from the kept rows
 
 Random weights, whole batches: speed only. With one thread a pass is timed by the process's own time, which other jobs
-do not lengthen; with more by the clock. Medians and quartiles over rounds, every round in another order. "sentences"
-are 32 texts whose lengths are drawn log-normally (median 25 tokens, 4 to 64): padded to the longest for engines that
-need it. "sliced" has half of all heads and neurons, "dial" hands on evenly fewer tokens from layer to layer, down to a
-fifth; "a1" and "a8" have 1-bit weights and activations of 1 or 8 bits; "a1 dial" is both; "masked" has 90 % of its
-weights at 0, "blocks" 80 % of its blocks of 32 outputs and 64 inputs; "padded" runs sentences as if all were as long as
-the longest. OpenVINO's int8 is NNCF's post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
+do not lengthen; with more by the clock. Medians and quartiles over rounds, every round in another order, each engine
+once the threads of the one before are asleep. "sentences" are 32 texts whose lengths are drawn log-normally (median
+25 tokens, 4 to 64): padded to the longest for engines that need it. "sliced" has half of all heads and neurons,
+"dial" hands on evenly fewer tokens from layer to layer, down to a fifth; "a1" and "a8" have 1-bit weights and
+activations of 1 or 8 bits; "a1 dial" is both; "masked" has 90 % of its weights at 0, "blocks" 80 % of its blocks of
+32 outputs and 64 inputs; "padded" runs sentences as if all were as long as the longest. OpenVINO's int8 is NNCF's
+post-training quantisation (`pip install nncf`), ONNX Runtime's is dynamic.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import secateur
 from secateur import hub
+from secateur.costs.timers import wait_for_sleep
 from secateur.edits import DropTokens, Slice, apply_edits
 from secateur.families import sites
 from secateur.runtime import Precision, load
@@ -217,6 +219,7 @@ def interleaved(runners: dict[str, Runner], threads: int, rounds: int, least: fl
     names, found = list(runners), {name: [] for name in runners}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            wait_for_sleep()
             count, start = 0, clock()
             while clock() - start < least:
                 runners[name]()

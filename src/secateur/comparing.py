@@ -68,7 +68,8 @@ def compare_engines(
         for name in dict.fromkeys(engines):
             runs |= _runners(name, source, model, Path(spare))
         answers = {name: run(others).double() for name, run in runs.items()}
-        times = sample({name: partial(run, inputs) for name, run in runs.items()}, seconds, min_runs=10)
+        passes = {name: partial(run, inputs) for name, run in runs.items()}
+        times = sample(passes, seconds, min_runs=10, own_threads=True)
     timings = {name: summarise(found, model, batch, tokens) for name, found in times.items()}
     first = next(iter(timings.values())).median
     rows = {

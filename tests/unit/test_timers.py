@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from secateur.costs.timers import WARMUP_RUNS, sample, summarise, time_interleaved, time_model
+from secateur.costs import timers
+from secateur.costs.timers import PATIENCE, WARMUP_RUNS, sample, summarise, time_interleaved, time_model, wait_for_sleep
 from secateur.errors import InvalidData
 from tests.conftest import tiny_model
 
@@ -41,6 +42,31 @@ def test_measures_until_time_is_up() -> None:
     clock = Clock()
     samples = sample({"a": clock.runner("a", 0.25)}, seconds=1.0, min_runs=2, clock=clock)
     assert len(samples["a"]) == 4
+
+
+@pytest.mark.parametrize(("milliseconds", "sleeps"), [(0, 1), (25, 26), (10_000, PATIENCE)])
+def test_waits_for_threads_that_look_out_for_work(milliseconds: int, sleeps: int) -> None:
+    now, spent, slept = 0.0, 0.0, 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now, spent, slept
+        spent += max(0.0, min(seconds, milliseconds / 1000 - now))
+        now += seconds
+        slept += 1
+
+    wait_for_sleep(lambda: spent, sleep)
+    assert slept == sleeps
+
+
+@pytest.mark.parametrize(("own_threads", "waits"), [(True, 4), (False, 0)])
+def test_runners_with_threads_of_their_own_do_not_meet(
+    own_threads: bool, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timers, "wait_for_sleep", clock.runner("wait", 0.5))
+    samples = sample({name: clock.runner(name, 0.001) for name in "ab"}, 0.0, 2, clock, own_threads=own_threads)
+    assert samples == {"a": pytest.approx([1.0] * 2), "b": pytest.approx([1.0] * 2)}
+    assert clock.calls.count("wait") == waits
 
 
 def test_nothing_to_time() -> None:
