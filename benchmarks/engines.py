@@ -219,7 +219,8 @@ def interleaved(runners: dict[str, Runner], threads: int, rounds: int, least: fl
     names, found = list(runners), {name: [] for name in runners}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            wait_for_sleep()
+            if threads > 1:
+                wait_for_sleep()
             count, start = 0, clock()
             while clock() - start < least:
                 runners[name]()

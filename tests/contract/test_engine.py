@@ -169,9 +169,10 @@ def test_texts_and_pairs(tmp_path: Path) -> None:
             assert (model(**inputs).logits[0] - logits).abs().max() <= 1e-4
 
 
-def test_several_threads_share_an_engine() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_threads_share_an_engine(threads: int) -> None:
     model = wide_model()
-    engine = load(model, "int8", threads=1)
+    engine = load(model, "int8", threads=threads)
     batches = [examples([5, 30, 7], seed) for seed in range(16)]
     wanted = [engine(batch) for batch in batches]
     found: dict[int, list[Tensor]] = {}
@@ -179,11 +180,11 @@ def test_several_threads_share_an_engine() -> None:
     def work(number: int) -> None:
         found[number] = [engine(batch) for batch in batches]
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    callers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
     assert all(torch.equal(a, b) for results in found.values() for a, b in zip(results, wanted, strict=True))
     assert len(found) == 4
 
@@ -212,6 +213,24 @@ def test_a_closed_engine_is_closed() -> None:
     engine.close()
     with pytest.raises(SecateurError, match="closed"):
         engine([[5, 6]])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux lists them")
+@pytest.mark.parametrize("tier", NATIVE)
+def test_threads_come_with_a_pass_and_leave_with_the_engine(tier: str) -> None:
+    """One for each beside the caller's, kept for the next pass of as many; the same logits."""
+
+    def there() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    rows, before = examples([9, 1, 33, 64]), there()
+    with load(wide_model(), "fp32", tier=tier, threads=1) as engine:
+        wanted = engine(rows)
+        for threads, more in ((1, 0), (3, 2), (3, 2), (2, 1), (1, 1), (5, 4)):
+            engine.threads = threads
+            assert torch.equal(engine(rows), wanted)
+            assert there() == before + more
+    assert there() == before
 
 
 def test_a_tier_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +315,7 @@ def test_a_compiler_that_fails_is_quoted_once(tmp_path: Path, monkeypatch: pytes
             build.CannotBuild, match="cannot build the native engine: engine.cpp:1: error: no such machine"
         ):
             build.library()
-    assert len(calls.read_text().split()) == 3  # its version, a tier with OpenMP and without
+    assert len(calls.read_text().split()) == 2  # its version, and a tier
 
 
 def test_odd_widths_stay_within_their_rows() -> None:

@@ -13,7 +13,7 @@ SOURCES = Path(__file__).with_name("native")
 TIERS = ("portable", "avx2", "avx512", "amx")
 """Instructions from the fewest to the most; each has those before it."""
 COMPILERS = ("c++", "g++", "clang++")
-COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+COMMON = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma"
 FLAGS = {
     "portable": "",
@@ -51,40 +51,34 @@ def version_of(compiler: str) -> str:
 
 
 def compiled(compiler: str, folder: Path) -> Path:
-    """The library, made in a folder: every tier that the compiler knows; without OpenMP if it has none.
+    """The library, made in a folder: every tier that the compiler knows.
 
     Raises:
         CannotCompile: the compiler fails.
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    problem = ""
-    for parallel in (["-fopenmp"], []):
-        objects, tiers, problem = [], [], ""
-        for tier in TIERS if x86 else TIERS[:1]:
-            done = _object(compiler, f"{tier}.cpp", [*FLAGS[tier].split(), *parallel], folder)
-            if done.returncode != 0:
-                problem = done.stderr
-                break
-            objects.append(folder / f"{tier}.o")
-            tiers.append(f"-DSEC_{tier.upper()}")
-        if not objects:
-            continue
-        done = _object(compiler, "engine.cpp", [*tiers, *parallel], folder)
-        if done.returncode == 0:
-            target = folder / "secateur.so"
-            parts = [*map(str, objects), str(folder / "engine.o")]
-            done = _run([compiler, "-shared", *parallel, *parts, "-o", str(target)])
-            if done.returncode == 0:
-                target.chmod(0o755)
-                return target
-        problem = done.stderr
-    lines = [line for line in problem.splitlines() if "error" in line] or problem.splitlines() or ["no message"]
-    raise CannotCompile(f"{compiler} cannot build the native engine: {lines[0].strip()}")
+    there: list[str] = []
+    for tier in TIERS if x86 else TIERS[:1]:
+        done = _object(compiler, tier, FLAGS[tier].split(), folder)
+        if done.returncode != 0:
+            break
+        there.append(tier)
+    if there:
+        done = _object(compiler, "engine", [f"-DSEC_{tier.upper()}" for tier in there], folder)
+    target = folder / "secateur.so"
+    if done.returncode == 0:
+        parts = [str(folder / f"{name}.o") for name in (*there, "engine")]
+        done = _run([compiler, "-shared", "-pthread", *parts, "-o", str(target)])
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise CannotCompile(f"{compiler} cannot build the native engine: {(lines or ['no message'])[0].strip()}")
+    target.chmod(0o755)
+    return target
 
 
-def _object(compiler: str, source: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    target = folder / Path(source).with_suffix(".o").name
-    return _run([compiler, *COMMON, *flags, "-c", str(SOURCES / source), "-o", str(target)])
+def _object(compiler: str, name: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    files = ["-c", str(SOURCES / f"{name}.cpp"), "-o", str(folder / f"{name}.o")]
+    return _run([compiler, *COMMON, *flags, *files])
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -22,10 +22,9 @@ static void pack(Precision precision, const float* weight, Map& map) {
 
 // Rows of bfloat16 in tiles: 16 rows of 64 bytes, then the next 64 bytes of the same rows.
 template <class From>
-static void prepare_halves(Rows from, int rows, const Map& map, void* input, int threads) {
+static void prepare_halves(Rows from, int rows, const Map& map, void* input, Team& team) {
     const int steps = map.deep / 32;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
+    over(rows, 16, team, [&](int m, int) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
         for (int k = 0; k < map.deep; k += LANES) {
             uint16_t* at = (uint16_t*)((char*)input + ((size_t)(m / 16) * steps + k / 32) * TILE + m % 16 * 64) + k % 32;
@@ -35,12 +34,12 @@ static void prepare_halves(Rows from, int rows, const Map& map, void* input, int
                 for (int i = 0; i < LANES; i++) put(at + i, k + i < map.in ? one(row + k + i) : 0.0f);
             }
         }
-    }
+    });
 }
 
-static void prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads) {
-    if (precision != BF16) return generic_prepare(precision, from, rows, map, input, scale, threads);
-    (from.half ? prepare_halves<uint16_t> : prepare_halves<float>)(from, rows, map, input, threads);
+static void prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, Team& team) {
+    if (precision != BF16) return generic_prepare(precision, from, rows, map, input, scale, team);
+    (from.half ? prepare_halves<uint16_t> : prepare_halves<float>)(from, rows, map, input, team);
 }
 
 constexpr size_t NEAREST = 40 << 10;  // bytes of the nearest cache that tiles may fill
@@ -145,7 +144,7 @@ struct Finished {
 
 template <Precision P, Activation A, bool SIGNED = true>
 static void tile_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
-                         int threads) {
+                         Team& team) {
     constexpr int TILES = P == BF16 ? 2 : 1;  // tiles of a block of 16 outputs
     const int bands = (rows + 31) / 32;
     const size_t stripe = (size_t)(map.deep / DEPTH) * TILES * TILE;  // 16 rows
@@ -153,13 +152,12 @@ static void tile_product(const void* input, const float* scale, int rows, const 
     // the panel stays.
     const bool passing = bands > 1 && 4 * stripe > NEAREST;
     int free_column = 0;  // taken one ahead, so that each thread knows which panel comes next
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    together(team, [&](int thread) {
         configure();
         alignas(64) int32_t sums[2][4 * 256];
         alignas(64) int8_t ring[RING * TILE];
         int turn = 0, side = 0, before = 0;  // tiles of the panels before
-        const size_t room = (size_t)WIDE * map.deep, mine = 2 * omp_get_thread_num() * room;
+        const size_t room = (size_t)WIDE * map.deep, mine = 2 * thread * room;
         const bool once = bands == 1 && (P == BINARY || (P == INT8 && map.masks != nullptr));
         Coming<P> coming;
         auto take = [&] {
@@ -262,23 +260,23 @@ static void tile_product(const void* input, const float* scale, int rows, const 
             before += now.tiles;
         }
         release();
-    }
+    });
 }
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
-                    Activation activation, Rows to, void* panels, int threads) {
+                    Activation activation, Rows to, void* panels, Team& team) {
     with_activation(activation, [&](auto known) {
         constexpr Activation A = decltype(known)::value;
         if (precision == INT8)
-            tile_product<INT8, A>(input, scale, rows, map, to, panels, threads);
+            tile_product<INT8, A>(input, scale, rows, map, to, panels, team);
         else if (precision == BINARY && map.levels.low < 0)
-            tile_product<BINARY, A, true>(input, scale, rows, map, to, panels, threads);
+            tile_product<BINARY, A, true>(input, scale, rows, map, to, panels, team);
         else if (precision == BINARY)
-            tile_product<BINARY, A, false>(input, scale, rows, map, to, panels, threads);
+            tile_product<BINARY, A, false>(input, scale, rows, map, to, panels, team);
         else if (precision == BF16)
-            tile_product<BF16, A>(input, scale, rows, map, to, panels, threads);
+            tile_product<BF16, A>(input, scale, rows, map, to, panels, team);
         else
-            float_product<A, float>(input, rows, map, to, threads);
+            float_product<A, float>(input, rows, map, to, team);
     });
 }
 

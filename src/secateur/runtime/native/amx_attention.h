@@ -121,18 +121,16 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
     if (paid != nullptr) run.end_scores(paid, values, tokens, h, first);
 }
 
-static void attention(Rows qkv, const Attention& what, Rows to, int threads) {
-    if (!qkv.half || what.width % 32) return generic_attention(qkv, what, to, threads);
+static void attention(Rows qkv, const Attention& what, Rows to, Team& team) {
+    if (!qkv.half || what.width % 32) return generic_attention(qkv, what, to, team);
     const int jobs = what.examples * what.heads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    int taken = 0;
+    together(team, [&](int thread) {
         configure();
-#pragma omp for schedule(dynamic, 1)
-        for (int job = 0; job < jobs; job++)
-            head_in_tiles(qkv, what, to, job / what.heads, job % what.heads,
-                          what.scratch + what.scratch_each * omp_get_thread_num());
+        for (int job; (job = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED)) < jobs;)
+            head_in_tiles(qkv, what, to, job / what.heads, job % what.heads, what.scratch + what.scratch_each * thread);
         release();
-    }
+    });
 }
 
 }  // namespace

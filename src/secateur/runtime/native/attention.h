@@ -285,16 +285,15 @@ static size_t generic_attention_scratch(int width, int tokens) {
 }
 
 template <class Value>
-static void attend(Rows qkv, const Attention& what, Rows to, int threads) {
+static void attend(Rows qkv, const Attention& what, Rows to, Team& team) {
     const AttentionRun<Value> run{qkv, to, what};
-    const int jobs = what.examples * what.heads;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int job = 0; job < jobs; job++)
-        run.head(job / what.heads, job % what.heads, what.scratch + what.scratch_each * omp_get_thread_num());
+    over(what.examples * what.heads, 1, team, [&](int job, int thread) {
+        run.head(job / what.heads, job % what.heads, what.scratch + what.scratch_each * thread);
+    });
 }
 
-static void generic_attention(Rows qkv, const Attention& what, Rows to, int threads) {
-    (qkv.half ? attend<uint16_t> : attend<float>)(qkv, what, to, threads);
+static void generic_attention(Rows qkv, const Attention& what, Rows to, Team& team) {
+    (qkv.half ? attend<uint16_t> : attend<float>)(qkv, what, to, team);
 }
 
 }  // namespace

@@ -41,9 +41,9 @@ SEC_INLINE void byte_panel(const int8_t* input, const float* scale, int row, int
 
 template <Activation A, bool SIGNED>
 static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
-                         int threads) {
+                         Team& team) {
     const int8_t* from = (const int8_t*)input;
-    over_panels(map, panels, threads, [&](int column, const Panel<int8_t>& panel) {
+    over_panels(map, panels, team, [&](int column, const Panel<int8_t>& panel) {
         for (int n = column; n < column + WIDE; n += 16) {
             int row = 0;
             for (; row + 4 <= rows; row += 4) byte_panel<4, A, SIGNED>(from, scale, row, n, panel, map, to);

@@ -40,9 +40,9 @@ SEC_INLINE void byte_panel(const uint8_t* input, const float* scale, int row, in
 
 template <Activation A, bool SIGNED>
 static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
-                         int threads) {
+                         Team& team) {
     const uint8_t* from = (const uint8_t*)input;
-    over_panels(map, panels, threads, [&](int column, const Panel<int8_t>& panel) {
+    over_panels(map, panels, team, [&](int column, const Panel<int8_t>& panel) {
         int row = 0;
         for (; row + 8 <= rows; row += 8) byte_panel<8, A, SIGNED>(from, scale, row, column, panel, map, to);
         for (; row < rows; row++) byte_panel<1, A, SIGNED>(from, scale, row, column, panel, map, to);

@@ -13,10 +13,8 @@
 #include "kernels.h"
 #include "secateur.h"
 #include "storage.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "team.h"
+#include "workers.h"
 
 namespace secateur {
 namespace {
@@ -52,14 +50,6 @@ struct Workspace {
 
 using namespace secateur;
 
-static int thread_number() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 struct sec_encoder {
     sec_config config;
     int tier;
@@ -71,6 +61,7 @@ struct sec_encoder {
     bool norms_before = false;
     std::mutex lock;
     std::vector<std::unique_ptr<Workspace>> spare;
+    std::vector<std::unique_ptr<Workers>> resting;
 
     Precision precision() const { return (Precision)config.precision; }
     bool half() const { return config.precision != FP32; }
@@ -144,6 +135,30 @@ struct sec_encoder {
         return found;
     }
 
+    // So many threads, this one among them, for `then`; they rest until the next call.
+    template <class Then>
+    void with_team(int threads, Then then) {
+        Team alone{1, nullptr};
+        if (threads < 2) return then(alone);
+        std::unique_ptr<Workers> found;
+        std::vector<std::unique_ptr<Workers>> others;  // of another number leave
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            while (found == nullptr && !resting.empty()) {
+                const bool fits = resting.back()->threads == threads && !resting.back()->abandoned();
+                if (fits) found = std::move(resting.back());
+                if (!fits) others.push_back(std::move(resting.back()));
+                resting.pop_back();
+            }
+        }
+        if (found == nullptr) found = std::make_unique<Workers>(threads);
+        found->crew->begin();
+        then(*found);
+        found->crew->end();
+        std::lock_guard<std::mutex> guard(lock);
+        resting.push_back(std::move(found));
+    }
+
     // Queries, keys and values side by side, rounded if attention is on levels.
     template <class Through>
     Rows operands(const Layer& layer, Rows stream, Workspace& work, Through through) const {
@@ -164,8 +179,7 @@ struct sec_encoder {
         return all;
     }
 
-    void run(float* x, const int32_t* starts, int examples, int threads, const sec_dropping* dropping,
-             Workspace& work) const {
+    void run(float* x, const int32_t* starts, int examples, Team& team, const sec_dropping* dropping, Workspace& work) const {
         const int given_rows = starts[examples], hidden = config.hidden;
         const bool every = dropping != nullptr && dropping->every;
         int rows = given_rows;
@@ -177,21 +191,21 @@ struct sec_encoder {
         const Rows stream{x, hidden, false};
         const Rows narrow{work.narrow.get(), up_to(hidden, WIDE), half()};
         auto multiply = [&](const Map& map, const void* from, Activation activation, Rows to) {
-            kernels->product(map.precision, from, scale, rows, map, activation, to, work.panels.get(), threads);
+            kernels->product(map.precision, from, scale, rows, map, activation, to, work.panels.get(), team);
         };
         auto through = [&](const Map& map, Rows from, Activation activation, Rows to) {
-            kernels->prepare(map.precision, from, rows, map, input, scale, threads);
+            kernels->prepare(map.precision, from, rows, map, input, scale, team);
             multiply(map, input, activation, to);
         };
         auto before = [&](const Norm& norm) {  // what a block reads of the stream
             if (norm.gain.empty()) return stream;
             float* to = (float*)work.normed.get();
-            kernels->norm(x, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, to, threads);
+            kernels->norm(x, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, to, team);
             return Rows{to, hidden, false};
         };
         auto settle = [&](const Norm& norm, const Rows* y, const float* bias) {
-            if (norm.gain.empty()) return kernels->add(x, y, bias, rows, hidden, threads);
-            kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, threads);
+            if (norm.gain.empty()) return kernels->add(x, y, bias, rows, hidden, team);
+            kernels->add_norm(x, y, bias, rows, hidden, norm.gain.data(), norm.shift.data(), norm.epsilon, team);
         };
         for (int index = 0; index < (int)layers.size(); index++) {
             const Layer& layer = layers[index];
@@ -220,8 +234,8 @@ struct sec_encoder {
                                      scores, given_rows, scores != nullptr ? dropping->queries : 0,
                                      scores != nullptr && dropping->by_value, scores != nullptr && dropping->diagonal,
                                      given.rounded ? &layer.levels : nullptr};
-                if (given.rotary != nullptr) kernels->rotate(qkv, what, threads);
-                kernels->attention(qkv, what, context, threads);
+                if (given.rotary != nullptr) kernels->rotate(qkv, what, team);
+                kernels->attention(qkv, what, context, team);
             }
             if (dropping != nullptr && !every) drop();
             if (attends) {
@@ -244,7 +258,7 @@ struct sec_encoder {
                     if (layer.gate.wide > 0) {  // reads what the other map reads, beside which its results are put
                         const Rows gates{(char*)neurons.data + layer.up.wide * entry(), neurons.stride, half()};
                         multiply(layer.gate, input, NONE, gates);
-                        kernels->multiply(neurons, gates, rows, given.neurons, threads);
+                        kernels->multiply(neurons, gates, rows, given.neurons, team);
                     }
                     through(layer.down, neurons, NONE, narrow);
                 }
@@ -350,7 +364,7 @@ void sec_storage(const sec_encoder* encoder, int64_t* found) {
     memcpy(found, held, sizeof held);
 }
 
-int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
+int32_t sec_embed(sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
                   const int32_t* starts, int32_t examples, float* x, int32_t threads) {
     const int width = tables->width;
     for (int32_t i = 0; i < examples; i++)  // before any row is written
@@ -372,7 +386,9 @@ int32_t sec_embed(const sec_encoder* encoder, const sec_tables* tables, const in
         }
     }
     const sec_norm& norm = tables->norm;
-    encoder->kernels->add_norm(x, nullptr, nullptr, starts[examples], width, norm.gain, norm.shift, norm.epsilon, threads);
+    encoder->with_team(threads, [&](Team& team) {
+        encoder->kernels->add_norm(x, nullptr, nullptr, starts[examples], width, norm.gain, norm.shift, norm.epsilon, team);
+    });
     return 0;
 }
 
@@ -400,25 +416,27 @@ int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t e
             inside.emplace_back(starts + begin, starts + ends[i] + 1);
             for (int32_t& place : inside.back()) place -= starts[begin];
         }
-        auto pass = [&](int i, Workspace& spare) {
+        auto pass = [&](int i, Team& team, Workspace& spare) {
             const int32_t begin = i > 0 ? ends[i - 1] : 0;
             float* rows = x + (size_t)starts[begin] * encoder->config.hidden;
-            encoder->run(rows, inside[i].data(), ends[i] - begin, inner, dropping, spare);
+            encoder->run(rows, inside[i].data(), ends[i] - begin, team, dropping, spare);
         };
-        if (outer > 1) {
-            std::atomic<bool> short_of_memory{false};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(outer)
-            for (int i = 0; i < chunks; i++) {
+        std::atomic<bool> short_of_memory{false};
+        encoder->with_team(threads, [&](Team& team) {
+            if (outer == 1) {
+                for (int i = 0; i < chunks; i++) pass(i, team, *work[0]);
+                return;
+            }
+            over(chunks, 1, team, [&](int i, int thread) {
+                Team alone{1, nullptr};
                 try {
-                    pass(i, *work[thread_number()]);
-                } catch (const std::bad_alloc&) {  // may not leave a region
+                    pass(i, alone, *work[thread]);
+                } catch (const std::bad_alloc&) {  // may not leave a thread
                     short_of_memory = true;
                 }
-            }
-            if (short_of_memory) throw std::bad_alloc();
-        } else {  // no region around those of the layers: threads of a nested one are made anew each time
-            for (int i = 0; i < chunks; i++) pass(i, *work[0]);
-        }
+            });
+        });
+        if (short_of_memory) throw std::bad_alloc();
         std::lock_guard<std::mutex> guard(encoder->lock);
         for (auto& each : work) encoder->spare.push_back(std::move(each));
         return 0;

@@ -80,6 +80,15 @@ struct Attention {
     const AttentionLevels* levels;  // null: rows are floats
 };
 
+typedef void (*Job)(void* what, int thread);
+
+// The threads of a pass.
+struct Team {
+    int threads;
+    // Calls the job in this thread, as number 0, and in those others that come in time; ends when all of these have ended.
+    void (*share)(Team& team, Job job, void* what);
+};
+
 struct Kernels {
     const char* name;
     bool halves;  // attention is given levels as bfloat16
@@ -88,24 +97,24 @@ struct Kernels {
     void (*pack)(Precision precision, const float* weight, Map& map);
     void (*pack_signs)(const uint64_t* words, Map& map);  // rows of words, the first sign in the lowest bit
     // Rows as a product reads them: `input` has rows x map.deep entries of the precision, `scale` one for each row.
-    void (*prepare)(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, int threads);
+    void (*prepare)(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale, Team& team);
     // `panels`: 2 x WIDE x map.deep bytes for each thread, where weights are spread out that are kept in fewer.
     void (*product)(Precision precision, const void* input, const float* scale, int rows, const Map& map,
-                    Activation activation, Rows to, void* panels, int threads);
+                    Activation activation, Rows to, void* panels, Team& team);
     // qkv: queries, keys and values side by side, each heads x width.
-    void (*attention)(Rows qkv, const Attention& what, Rows to, int threads);
+    void (*attention)(Rows qkv, const Attention& what, Rows to, Team& team);
     // x = norm(x + y), or x + bias where there is no y.
     void (*add_norm)(float* x, const Rows* y, const float* bias, int rows, int hidden, const float* gain,
-                     const float* shift, float epsilon, int threads);
+                     const float* shift, float epsilon, Team& team);
     // x += y, or x += bias where there is no y.
-    void (*add)(float* x, const Rows* y, const float* bias, int rows, int hidden, int threads);
+    void (*add)(float* x, const Rows* y, const float* bias, int rows, int hidden, Team& team);
     // to = norm(x).
     void (*norm)(float* x, int rows, int hidden, const float* gain, const float* shift, float epsilon, float* to,
-                 int threads);
+                 Team& team);
     // Turns queries and keys by the angles of their places, in place.
-    void (*rotate)(Rows qkv, const Attention& what, int threads);
+    void (*rotate)(Rows qkv, const Attention& what, Team& team);
     // x *= by, the first `count` entries of each row.
-    void (*multiply)(Rows x, Rows by, int rows, int count, int threads);
+    void (*multiply)(Rows x, Rows by, int rows, int count, Team& team);
 };
 
 extern const Kernels portable_kernels;

@@ -10,8 +10,8 @@ namespace {
 
 template <Activation A, bool SIGNED>
 static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels,
-                         int threads) {
-    over_panels(map, panels, threads, [&](int column, const Panel<int8_t>& panel) {
+                         Team& team) {
+    over_panels(map, panels, team, [&](int column, const Panel<int8_t>& panel) {
         for (int row = 0; row < rows; row++) {
             int32_t sums[WIDE];
             for (int n = 0; n < WIDE; n++) {

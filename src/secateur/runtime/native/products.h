@@ -217,9 +217,8 @@ SEC_INLINE void round_row(const From* from, int row, const Map& map, void* input
 
 template <class From>
 static void prepare_rows(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
-                         int threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
+                         Team& team) {
+    over(rows, 16, team, [&](int m, int) {
         const From* row = (const From*)from.data + (size_t)m * from.stride;
         if (precision == BINARY) {
             round_row(row, m, map, input);
@@ -240,12 +239,12 @@ static void prepare_rows(Precision precision, Rows from, int rows, const Map& ma
             for (; k < map.in; k++) to[k] = one(row + k);
             for (; k < map.deep; k++) to[k] = 0;
         }
-    }
+    });
 }
 
 [[maybe_unused]] static void generic_prepare(Precision precision, Rows from, int rows, const Map& map, void* input, float* scale,
-                            int threads) {
-    (from.half ? prepare_rows<uint16_t> : prepare_rows<float>)(precision, from, rows, map, input, scale, threads);
+                            Team& team) {
+    (from.half ? prepare_rows<uint16_t> : prepare_rows<float>)(precision, from, rows, map, input, scale, team);
 }
 
 // --- products ------------------------------------------------------------------------------------------------------
@@ -302,15 +301,15 @@ SEC_INLINE void float_panel(const Value* input, const Panel<Value>& panel, int r
 }
 
 template <Activation A, class Value>
-[[maybe_unused]] static void float_product(const void* input, int rows, const Map& map, Rows to, int threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int column = 0; column < map.wide; column += PANEL) {
+[[maybe_unused]] static void float_product(const void* input, int rows, const Map& map, Rows to, Team& team) {
+    over(map.wide / PANEL, 1, team, [&](int i, int) {
+        const int column = i * PANEL;
         const Panel<Value> panel = panel_of<Value>(map, column);
         int row = 0;
         for (; row + SEC_ROWS <= rows; row += SEC_ROWS)
             float_panel<SEC_ROWS, A, Value>((const Value*)input, panel, row, column, map, to);
         for (; row < rows; row++) float_panel<1, A, Value>((const Value*)input, panel, row, column, map, to);
-    }
+    });
 }
 
 // Sums of whole products, with scales and bias; `scale` is that of each row, of int8 maps.
@@ -337,12 +336,11 @@ __attribute__((target("avx512vbmi2"))) static const int8_t* expand(const uint64_
 }
 #endif
 
-// Weights of one byte of the panel that a column begins, as they are packed, or in `panels` if they are kept in fewer.
-SEC_INLINE Panel<int8_t> bytes_of(const Map& map, int column, void* panels) {
+// Weights of one byte of the panel that a column begins, as they are packed, or spread out `here` if they are kept in fewer.
+SEC_INLINE Panel<int8_t> bytes_of(const Map& map, int column, int8_t* here) {
     Panel<int8_t> panel = panel_of<int8_t>(map, column);
     if (map.precision != BINARY && map.masks == nullptr) return panel;
     const size_t count = (size_t)panel.count * WIDE * DEPTH;
-    int8_t* here = (int8_t*)panels + (size_t)omp_get_thread_num() * WIDE * map.deep;
     if (map.precision == BINARY) {
         spread((const char*)map.weights + (size_t)column * map.deep / 8, count, here);
     }
@@ -358,29 +356,30 @@ SEC_INLINE Panel<int8_t> bytes_of(const Map& map, int column, void* panels) {
 
 // Calls `then` with each panel's weights of one byte.
 template <class Then>
-[[maybe_unused]] SEC_INLINE void over_panels(const Map& map, void* panels, int threads, Then then) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int column = 0; column < map.wide; column += WIDE)
-        then(column, bytes_of(map, column, panels));
+[[maybe_unused]] SEC_INLINE void over_panels(const Map& map, void* panels, Team& team, Then then) {
+    over(map.wide / WIDE, 1, team, [&](int i, int thread) {
+        int8_t* here = (int8_t*)panels + (size_t)thread * WIDE * map.deep;
+        then(i * WIDE, bytes_of(map, i * WIDE, here));
+    });
 }
 
 // Products of inputs of one byte, with a sign or without, which a tier defines; one that has other products of its own says SEC_OWN_PRODUCT.
 #ifndef SEC_OWN_PRODUCT
 template <Activation A, bool SIGNED>
-static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels, int threads);
+static void byte_product(const void* input, const float* scale, int rows, const Map& map, Rows to, void* panels, Team& team);
 
 static void product(Precision precision, const void* input, const float* scale, int rows, const Map& map,
-                    Activation activation, Rows to, void* panels, int threads) {
+                    Activation activation, Rows to, void* panels, Team& team) {
     with_activation(activation, [&](auto known) {
         constexpr Activation A = decltype(known)::value;
         if (precision == INT8 || (precision == BINARY && map.levels.low < 0))
-            byte_product<A, true>(input, scale, rows, map, to, panels, threads);
+            byte_product<A, true>(input, scale, rows, map, to, panels, team);
         else if (precision == BINARY)
-            byte_product<A, false>(input, scale, rows, map, to, panels, threads);
+            byte_product<A, false>(input, scale, rows, map, to, panels, team);
         else if (precision == BF16)
-            float_product<A, uint16_t>(input, rows, map, to, threads);
+            float_product<A, uint16_t>(input, rows, map, to, team);
         else
-            float_product<A, float>(input, rows, map, to, threads);
+            float_product<A, float>(input, rows, map, to, team);
     });
 }
 #endif

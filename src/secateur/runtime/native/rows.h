@@ -35,9 +35,8 @@ SEC_INLINE void norm_row(float* x, const Value* y, const float* bias, int hidden
 }
 
 static void generic_add_norm(float* x, const Rows* y, const float* bias, int rows, int hidden, const float* gain,
-                             const float* shift, float epsilon, int threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
+                             const float* shift, float epsilon, Team& team) {
+    over(rows, 16, team, [&](int m, int) {
         float* row = x + (size_t)m * hidden;
         if (y != nullptr && y->half)
             norm_row(row, (const uint16_t*)y->data + (size_t)m * y->stride, bias, hidden, gain, shift, epsilon,
@@ -45,18 +44,17 @@ static void generic_add_norm(float* x, const Rows* y, const float* bias, int row
         else
             norm_row(row, y ? (const float*)y->data + (size_t)m * y->stride : nullptr, bias, hidden, gain, shift, epsilon,
                      row);
-    }
+    });
 }
 
 // --- what layers whose norms precede their blocks need besides ----------------------------------------------------
 
 static void generic_norm(float* x, int rows, int hidden, const float* gain, const float* shift, float epsilon, float* to,
-                         int threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
+                         Team& team) {
+    over(rows, 16, team, [&](int m, int) {
         const size_t at = (size_t)m * hidden;
         norm_row<float>(x + at, nullptr, nullptr, hidden, gain, shift, epsilon, to + at);
-    }
+    });
 }
 
 template <class Value>
@@ -66,9 +64,8 @@ SEC_INLINE void add_row(float* x, const Value* y, int hidden) {
     for (; k < hidden; k++) x[k] += one(y + k);
 }
 
-static void generic_add(float* x, const Rows* y, const float* bias, int rows, int hidden, int threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
+static void generic_add(float* x, const Rows* y, const float* bias, int rows, int hidden, Team& team) {
+    over(rows, 16, team, [&](int m, int) {
         float* row = x + (size_t)m * hidden;
         if (y == nullptr)
             add_row(row, bias, hidden);
@@ -76,7 +73,7 @@ static void generic_add(float* x, const Rows* y, const float* bias, int rows, in
             add_row(row, (const uint16_t*)y->data + (size_t)m * y->stride, hidden);
         else
             add_row(row, (const float*)y->data + (size_t)m * y->stride, hidden);
-    }
+    });
 }
 
 // Entry k and entry k + half turn by one angle.
@@ -107,34 +104,32 @@ static int place_of_row(const Attention& what, int row) {
 }
 
 template <class Value>
-static void rotate_rows(Rows qkv, const Attention& what, int threads) {
+static void rotate_rows(Rows qkv, const Attention& what, Team& team) {
     const int rows = what.starts[what.examples], half = what.width / 2;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
+    over(rows, 16, team, [&](int m, int) {
         const float* cosines = what.rotary + (size_t)place_of_row(what, m) * what.width;
         Value* row = (Value*)qkv.data + (size_t)m * qkv.stride;
         for (int h = 0; h < 2 * what.heads; h++) rotate_head(row + h * what.width, cosines, cosines + half, half);
-    }
+    });
 }
 
-static void generic_rotate(Rows qkv, const Attention& what, int threads) {
-    (qkv.half ? rotate_rows<uint16_t> : rotate_rows<float>)(qkv, what, threads);
+static void generic_rotate(Rows qkv, const Attention& what, Team& team) {
+    (qkv.half ? rotate_rows<uint16_t> : rotate_rows<float>)(qkv, what, team);
 }
 
 template <class Value>
-static void multiply_rows(Rows x, Rows by, int rows, int count, int threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-    for (int m = 0; m < rows; m++) {
+static void multiply_rows(Rows x, Rows by, int rows, int count, Team& team) {
+    over(rows, 16, team, [&](int m, int) {
         Value* row = (Value*)x.data + (size_t)m * x.stride;
         const Value* factors = (const Value*)by.data + (size_t)m * by.stride;
         int k = 0;
         for (; k + LANES <= count; k += LANES) store(row + k, load(row + k) * load(factors + k));
         for (; k < count; k++) put(row + k, one(row + k) * one(factors + k));
-    }
+    });
 }
 
-static void generic_multiply(Rows x, Rows by, int rows, int count, int threads) {
-    (x.half ? multiply_rows<uint16_t> : multiply_rows<float>)(x, by, rows, count, threads);
+static void generic_multiply(Rows x, Rows by, int rows, int count, Team& team) {
+    (x.half ? multiply_rows<uint16_t> : multiply_rows<float>)(x, by, rows, count, team);
 }
 
 }  // namespace

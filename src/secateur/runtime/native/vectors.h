@@ -6,13 +6,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static inline int omp_get_thread_num() { return 0; }
-#endif
 
 #include "kernels.h"
+#include "team.h"
 
 // What signed bytes are raised by where a product reads them without a sign.
 #ifndef SEC_RAISED
