@@ -221,6 +221,7 @@ def interleaved(runners: dict[str, Runner], threads: int, rounds: int, least: fl
         for name in names[number % len(names) :] + names[: number % len(names)]:
             if threads > 1:
                 wait_for_sleep()
+                runners[name]()
             count, start = 0, clock()
             while clock() - start < least:
                 runners[name]()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from torch import Tensor
 from secateur.errors import InvalidData, SecateurError
 from secateur.runtime.binary import BinaryAffine, Rounding
 from secateur.runtime.build import TIERS, library
-from secateur.runtime.encoder import out_of_range, projected
+from secateur.runtime.encoder import mapped, out_of_range
 from secateur.runtime.plan import Affine, LayerPlan, LinearMap, Plan
 
 Precision = Literal["fp32", "bf16", "int8", "1bit"]
-_PROCESS = os.getpid()
+_SHORT = "There is not enough memory for this batch: give fewer examples at a time."
 _WORD_BITS = {torch.float32: 32, torch.int8: 8, torch.int64: 1}
 _ACTIVATIONS = {"gelu": 1, "relu": 2, "gelu_tanh": 3}
 
@@ -137,6 +136,13 @@ class NativeEncoder:
             plan.offset,
             _norm(plan.norm, plan.epsilon),
         )
+        self._beside: dict[int, int] = {}  # number of the packed map, by the plan's
+        for each in (plan.project, *plan.head.maps):
+            if isinstance(each, Affine):
+                number = self._library.sec_add(self._handle, ctypes.byref(_map(each)))
+                if number < 0:
+                    raise SecateurError("There is not enough memory for this model.")
+                self._beside[id(each)] = number
         self.tier = TIERS[self._library.sec_tier(self._handle)]
         self.bytes = int(self._library.sec_bytes(self._handle))
         counts = (ctypes.c_int64 * 4)()
@@ -146,7 +152,7 @@ class NativeEncoder:
 
     def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """See `Encoder`."""
-        given = len(starts) - 1, 1 if os.getpid() != _PROCESS else threads  # a fork has no threads but its own
+        given = len(starts) - 1, threads
         found = torch.empty(len(ids), self._tables.width)
         with self._call():
             places = _pointer(starts, torch.int32)
@@ -154,10 +160,22 @@ class NativeEncoder:
             wrong = self._library.sec_embed(self._handle, tables, *pointers, given[0], _floats(found), given[1])
             if wrong:
                 raise out_of_range(self._plan, wrong)
-            found = projected(self._plan, found)
+            if self._plan.project is not None:
+                found = self.mapped(found, self._plan.project, threads)
             dropping = _dropping(self._plan, alpha)
             if self._library.sec_run(self._handle, _floats(found), places, *given, dropping):
-                raise SecateurError("There is not enough memory for this batch: give fewer examples at a time.")
+                raise SecateurError(_SHORT)
+        return found
+
+    def mapped(self, x: Tensor, affine: LinearMap, threads: int) -> Tensor:
+        """See `Encoder`. torch would leave threads behind that look out for work, on cores that the next call needs."""
+        number = self._beside.get(id(affine))
+        if number is None or isinstance(affine, BinaryAffine):
+            return mapped(x, affine)
+        x, found = x.contiguous(), x.new_empty(len(x), len(affine.weight))
+        with self._call():
+            if self._library.sec_apply(self._handle, number, _floats(x), len(x), _floats(found), threads):
+                raise SecateurError(_SHORT)
         return found
 
     @contextmanager

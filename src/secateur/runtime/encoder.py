@@ -46,6 +46,10 @@ class Encoder(Protocol):
         """
         ...
 
+    def mapped(self, x: Tensor, affine: LinearMap, threads: int) -> Tensor:
+        """What one of the plan's maps beside the layers makes of rows (rows, in): (rows, out) in float32."""
+        ...
+
     def close(self) -> None:
         """Give memory back."""
         ...
@@ -59,11 +63,6 @@ def out_of_range(plan: Plan, what: int) -> InvalidData:
     return InvalidData(
         f"{name} go from 0 to {len(table) - 1 if table is not None else 0}: is this the model's tokenizer?"
     )
-
-
-def projected(plan: Plan, embeddings: Tensor) -> Tensor:
-    """Embeddings in the hidden width."""
-    return embeddings if plan.project is None else mapped(embeddings, plan.project)
 
 
 class TorchEncoder:
@@ -80,7 +79,9 @@ class TorchEncoder:
     def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """See `Encoder`; threads are torch's."""
         plan = self.plan
-        hidden = projected(plan, self._embedded(ids, starts, types))
+        hidden = self._embedded(ids, starts, types)
+        if plan.project is not None:
+            hidden = mapped(hidden, plan.project)
         now = _pass(plan, starts, alpha)
         for number, layer in enumerate(plan.layers):
             if now is not None:
@@ -97,6 +98,10 @@ class TorchEncoder:
         if now is not None:
             hidden = now.restore(hidden[None])[_real(starts)]
         return self._normed(hidden, plan.last)
+
+    def mapped(self, x: Tensor, affine: LinearMap, threads: int) -> Tensor:
+        """See `Encoder`; threads are torch's."""
+        return mapped(x, affine)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -21,7 +21,7 @@ from secateur.errors import InvalidData, SecateurError
 from secateur.hub import open_any, open_tokenizer
 from secateur.runtime.binding import NativeEncoder, Precision
 from secateur.runtime.build import TIERS, CannotBuild
-from secateur.runtime.encoder import Encoder, TorchEncoder, mapped, out_of_range
+from secateur.runtime.encoder import Encoder, TorchEncoder, out_of_range
 from secateur.runtime.op import EngineModule
 from secateur.runtime.plan import Head, Plan, plan_of
 from secateur.tasks.batching import token_limit
@@ -185,7 +185,20 @@ class Engine:
             raise out_of_range(plan, 2)
         starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
         hidden = self.encoder.run(ids, starts, types, self.threads, self._alpha)
-        return _head(plan, _read(plan.head, hidden, starts))
+        return self._logits(_read(plan.head, hidden, starts))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of the states that it reads."""
+        plan, head = self.plan, self.plan.head
+        for number, each in enumerate(head.maps):
+            if number:
+                hidden = getattr(functional, head.activation)(hidden)
+                if head.norm is not None:
+                    hidden = functional.layer_norm(
+                        hidden, hidden.shape[-1:], head.norm.weight, head.norm.bias, plan.epsilon
+                    )
+            hidden = self.encoder.mapped(hidden, each, self.threads)
+        return hidden
 
     def module(self) -> EngineModule:
         """A module whose forward(ids, lengths, types=None) is `encoded`: one operator, kept whole by `torch.compile`.
@@ -268,19 +281,6 @@ def _read(head: Head, hidden: Tensor, starts: Tensor) -> Tensor:
     if head.mean:
         return torch.stack([part.mean(0) for part in hidden.split(starts.diff().tolist())])
     return hidden[starts[:-1].long()] if head.first else hidden
-
-
-def _head(plan: Plan, hidden: Tensor) -> Tensor:
-    head = plan.head
-    for number, each in enumerate(head.maps):
-        if number:
-            hidden = getattr(functional, head.activation)(hidden)
-            if head.norm is not None:
-                hidden = functional.layer_norm(
-                    hidden, hidden.shape[-1:], head.norm.weight, head.norm.bias, plan.epsilon
-                )
-        hidden = mapped(hidden, each)
-    return hidden
 
 
 def _encoder(plan: Plan, precision: Precision, tier: str | None) -> tuple[Encoder, Plan]:

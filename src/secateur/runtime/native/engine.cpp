@@ -55,7 +55,8 @@ struct sec_encoder {
     int tier;
     const Kernels* kernels;
     std::vector<Layer> layers;
-    Storage storage;
+    Storage storage, storage_beside;
+    std::vector<Map> beside;  // maps of embeddings and heads
     int widest = 0, deepest = 0, widest_context = 0, widest_head = 0, most_heads = 0;
     Norm last;
     bool norms_before = false;
@@ -439,6 +440,33 @@ int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t e
         if (short_of_memory) throw std::bad_alloc();
         std::lock_guard<std::mutex> guard(encoder->lock);
         for (auto& each : work) encoder->spare.push_back(std::move(each));
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+int32_t sec_add(sec_encoder* encoder, const sec_map* map) {
+    try {
+        encoder->beside.push_back(encoder->storage_beside.packed(*map, FP32, *encoder->kernels));
+        return (int32_t)encoder->beside.size() - 1;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+int32_t sec_apply(sec_encoder* encoder, int32_t number, const float* x, int32_t rows, float* to, int32_t threads) {
+    try {
+        const Map& map = encoder->beside[number];
+        const Memory input = allocate((size_t)rows * map.deep * sizeof(float));
+        const Memory found = allocate((size_t)rows * map.wide * sizeof(float));
+        encoder->with_team(threads, [&](Team& team) {
+            const Rows from{(void*)x, map.in, false}, whole{found.get(), map.wide, false};
+            encoder->kernels->prepare(FP32, from, rows, map, input.get(), nullptr, team);
+            encoder->kernels->product(FP32, input.get(), nullptr, rows, map, NONE, whole, nullptr, team);
+        });
+        for (int m = 0; m < rows; m++)
+            memcpy(to + (size_t)m * map.out, (const float*)found.get() + (size_t)m * map.wide, (size_t)map.out * sizeof(float));
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

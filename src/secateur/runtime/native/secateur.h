@@ -104,6 +104,10 @@ SEC_API int32_t sec_embed(sec_encoder* encoder, const sec_tables* tables, const 
 // `dropping` may be null. 0, or 1 where memory is short. Several threads may run one encoder at a time.
 SEC_API int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads,
                         const sec_dropping* dropping);
+// Packs a map beside the layers, in float32. Its number, or -1 where memory is short; not while the encoder runs.
+SEC_API int32_t sec_add(sec_encoder* encoder, const sec_map* map);
+// What such a map makes of rows: x is rows x in, `to` rows x out. 0, or 1 where memory is short.
+SEC_API int32_t sec_apply(sec_encoder* encoder, int32_t number, const float* x, int32_t rows, float* to, int32_t threads);
 
 #ifdef __cplusplus
 }
