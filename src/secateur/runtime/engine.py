@@ -285,7 +285,7 @@ def _read(head: Head, hidden: Tensor, starts: Tensor) -> Tensor:
 
 
 def _activated(x: Tensor, kind: str) -> Tensor:
-    """torch's own tanh wakes threads for a single row, which then look out for work on cores that the next call needs."""
+    """Results of an activation. That of torch wakes threads for one row's tanh, which keep cores from the next call."""
     return torch.from_numpy(np.tanh(x.numpy())) if kind == "tanh" else getattr(functional, kind)(x)
 
 
