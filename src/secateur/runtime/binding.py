@@ -158,6 +158,8 @@ class NativeEncoder:
             places = _pointer(starts, torch.int32)
             tables, pointers = ctypes.byref(self._tables), (_pointer(ids), _pointer(types), places)
             wrong = self._library.sec_embed(self._handle, tables, *pointers, given[0], _floats(found), given[1])
+            if wrong == 4:
+                raise SecateurError(_SHORT)
             if wrong:
                 raise out_of_range(self._plan, wrong)
             if self._plan.project is not None:

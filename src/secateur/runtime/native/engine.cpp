@@ -387,10 +387,14 @@ int32_t sec_embed(sec_encoder* encoder, const sec_tables* tables, const int64_t*
         }
     }
     const sec_norm& norm = tables->norm;
-    encoder->with_team(threads, [&](Team& team) {
-        encoder->kernels->add_norm(x, nullptr, nullptr, starts[examples], width, norm.gain, norm.shift, norm.epsilon, team);
-    });
-    return 0;
+    try {
+        encoder->with_team(threads, [&](Team& team) {
+            encoder->kernels->add_norm(x, nullptr, nullptr, starts[examples], width, norm.gain, norm.shift, norm.epsilon, team);
+        });
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 4;
+    }
 }
 
 int32_t sec_run(sec_encoder* encoder, float* x, const int32_t* starts, int32_t examples, int32_t threads,

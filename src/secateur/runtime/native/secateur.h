@@ -97,7 +97,7 @@ SEC_API int64_t sec_bytes(const sec_encoder* encoder);
 // there; and how many there would be without zeros.
 SEC_API void sec_storage(const sec_encoder* encoder, int64_t* found);
 // x: tokens x width, of ids that lie one behind the other; `types` holds each token's, or is null where all are 0.
-// 0, or what is out of range: 1 an id, 2 an example's length, 3 a type.
+// 0, or what is out of range: 1 an id, 2 an example's length, 3 a type; or 4 where memory is short.
 SEC_API int32_t sec_embed(sec_encoder* encoder, const sec_tables* tables, const int64_t* ids, const int64_t* types,
                           const int32_t* starts, int32_t examples, float* x, int32_t threads);
 // x: embeddings in, hidden states out, tokens x hidden; example i has the tokens starts[i] to starts[i + 1].

@@ -8,9 +8,9 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -39,7 +39,7 @@ class Crew {
         pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the threads that there were
         try {
             for (int thread = 1; thread < count; thread++) threads.emplace_back([this, thread] { work(thread); });
-        } catch (const std::system_error&) {  // fewer then
+        } catch (const std::exception&) {  // fewer then: no thread or no memory for one
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
