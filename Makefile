@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 300
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(PIP_FLAGS)
 
-.PHONY: help demo test sanitize fuzz install lint format docs build wheel-check clean
+.PHONY: help demo test sanitize races fuzz install lint format docs build wheel-check clean
 
 help:
 	@echo "make demo      compress a small model and write $(DEMO_OUT)/report.html"
@@ -20,6 +20,7 @@ help:
 	@echo "make install   .venv with every development tool (EXTRAS=$(EXTRAS))"
 	@echo "make lint      ruff, mypy --strict, import directions;  make format applies ruff's fixes"
 	@echo "make sanitize  the native engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make races     the same tests in two threads under ThreadSanitizer"
 	@echo "make fuzz      damaged model folders, opened by the engine's loader for FUZZ_SECONDS ($(FUZZ_SECONDS))"
 	@echo "make docs      the documentation site in site/, warnings are errors"
 	@echo "make build     wheel and sdist in dist/;  make wheel-check installs the wheel in an empty environment"
@@ -59,6 +60,18 @@ sanitize: $(VENV)/.dev
 	SECATEUR_CACHE=build/sanitized/cache CXX=$(CURDIR)/build/sanitized/c++ ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" UBSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/python -m pytest -q -s tests/contract/test_engine*.py -k "not side and not built_once and not quoted and not fork"
+
+# The same in two threads under ThreadSanitizer, which shells do not start under, and which wants addresses where it expects them.
+races: $(VENV)/.dev
+	mkdir -p build/races
+	printf '#!/bin/sh\nexec g++ -g -fsanitize=thread "$$@"\n' > build/races/c++
+	chmod +x build/races/c++
+	SECATEUR_CACHE=build/races/cache CXX=$(CURDIR)/build/races/c++ \
+	  $(BIN)/python -c 'from secateur.runtime.build import built; built()'
+	SECATEUR_CACHE=build/races/cache CXX=$(CURDIR)/build/races/c++ OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" TSAN_OPTIONS=ignore_noninstrumented_modules=1 setarch -R \
+	  $(BIN)/python -c 'import os, sys, pytest; del os.environ["LD_PRELOAD"]; sys.exit(pytest.main(sys.argv[1:]))' \
+	  -q -s tests/contract/test_engine*.py -k "not side and not built_once and not quoted and not fork"
 
 # Refused in one line, or run: what else becomes of a damaged folder is printed, and an error.
 fuzz: $(VENV)/.dev

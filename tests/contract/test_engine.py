@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from secateur.cli import app
 from secateur.errors import InvalidData, InvalidModel, SecateurError, UnsupportedModel
 from secateur.families import FAMILIES
 from secateur.runtime import Precision, build, compiling, load
+from secateur.runtime.binding import NativeEncoder
+from secateur.runtime.encoder import TorchEncoder
 from secateur.runtime.plan import FAMILIES as PLANNED
+from secateur.runtime.plan import plan_of
 from tests.conftest import tiny_model
 from tests.contract.test_bypass import cut_out
 from tests.contract.test_families import CUTS, cut
@@ -77,6 +81,27 @@ def test_every_family_and_cut(family: str, how: str, tier: str) -> None:
         assert (engine(rows) - alone(model, rows)).abs().max() <= 1e-4
         assert engine.info()["tier"] == tier
         assert len(engine.info()["layers"]) == 3
+
+
+@pytest.mark.parametrize("tier", NATIVE)
+@pytest.mark.parametrize("how", ["dense", "bypassed", "layer without heads"])
+@pytest.mark.parametrize("family", PLANNED)
+def test_states_that_no_head_reads_end_behind_the_last_attention(family: str, how: str, tier: str) -> None:
+    """First tokens have their last states; others have not, unless they are classified or averaged."""
+    plan, starts = plan_of(cut_model(family, how)), torch.tensor([0, 9, 10, 40], dtype=torch.int32)
+    ids = torch.tensor([i for row in examples([9, 1, 30]) for i in row])
+    first = starts[:-1].long()
+    wanted = TorchEncoder(plan).run(ids, starts, None, 1)
+    others = torch.ones(len(ids), dtype=torch.bool).index_fill(0, first, False)
+    found = []
+    for head in (plan.head, replace(plan.head, mean=True), replace(plan.head, first=False)):
+        encoder = NativeEncoder(replace(plan, head=head), "fp32", tier)
+        found.append(encoder.run(ids, starts, None, 1))
+        encoder.close()
+    assert (found[0] - wanted)[others].abs().amax(dim=1).min() > 0.01
+    assert (found[1] - wanted).abs().max() <= 1e-4
+    assert torch.equal(found[2], found[1])
+    assert torch.equal(found[0][first], found[1][first])
 
 
 @pytest.mark.parametrize("tier", NATIVE)

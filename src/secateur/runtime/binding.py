@@ -122,6 +122,8 @@ class NativeEncoder:
             )
         types = plan.types
         self._plan = replace(plan, layers=())  # whose tables are read; the layers are packed
+        attending = [number for number, each in enumerate(plan.layers) if each.out is not None and each.heads]
+        self._layers, self._last_attending = len(plan.layers), max(attending, default=0)
         self._rotary = [layer.rotary for layer in plan.layers]  # but for these, which are read too
         self._tables = _Tables(
             plan.words.values.data_ptr(),
@@ -164,8 +166,7 @@ class NativeEncoder:
                 raise out_of_range(self._plan, wrong)
             if self._plan.project is not None:
                 found = self.mapped(found, self._plan.project, threads)
-            dropping = _dropping(self._plan, alpha)
-            if self._library.sec_run(self._handle, _floats(found), places, *given, dropping):
+            if self._library.sec_run(self._handle, _floats(found), places, *given, self._dropping(alpha)):
                 raise SecateurError(_SHORT)
         return found
 
@@ -179,6 +180,24 @@ class NativeEncoder:
             if self._library.sec_apply(self._handle, number, _floats(x), len(x), _floats(found), threads):
                 raise SecateurError(_SHORT)
         return found
+
+    def _dropping(self, alpha: float) -> Any:
+        """How tokens go at a setting of the dial; null where none does.
+
+        Of a head that reads first tokens, others go as soon as no attention looks at them any more, at any setting.
+        """
+        plan, every = self._plan, not self._plan.head.first or self._plan.head.mean
+        turned = plan.dropping is not None and alpha > 0
+        if every and not turned:
+            return ctypes.c_void_p(None)
+        kept, how = [1.0] * self._layers, (1, 0, 0, 0, 0, 0.0)
+        if plan.dropping is not None and turned:
+            edit = plan.dropping.edit
+            kept, weighted = list(edit.shares(alpha)), edit.weighting == "value"
+            how = (edit.protected, edit.recent, edit.queries, int(weighted), int(edit.diagonal), edit.beta)
+        if not every:
+            kept[self._last_attending :] = [0.0] * (self._layers - self._last_attending)
+        return ctypes.byref(_Dropping((ctypes.c_double * len(kept))(*kept), *how, int(every)))
 
     @contextmanager
     def _call(self) -> Iterator[None]:
@@ -206,25 +225,6 @@ class NativeEncoder:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) and self._open:
             self.close()
-
-
-def _dropping(plan: Plan, alpha: float) -> Any:
-    """How tokens go at a setting of the dial; null where none does."""
-    if plan.dropping is None or alpha == 0:
-        return ctypes.c_void_p(None)
-    edit = plan.dropping.edit
-    kept = edit.shares(alpha)
-    made = _Dropping(
-        (ctypes.c_double * len(kept))(*kept),
-        edit.protected,
-        edit.recent,
-        edit.queries,
-        int(edit.weighting == "value"),
-        int(edit.diagonal),
-        edit.beta,
-        int(not plan.head.first or plan.head.mean),
-    )
-    return ctypes.byref(made)
 
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.int64) -> ctypes.c_void_p:

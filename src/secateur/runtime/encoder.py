@@ -33,13 +33,14 @@ class Encoder(Protocol):
     def run(self, ids: Tensor, starts: Tensor, types: Tensor | None, threads: int, alpha: float = 0.0) -> Tensor:
         """Hidden states (tokens, width) of ids that lie one behind the other.
 
+        Of a head that reads first tokens, only each example's first row has a meaning.
+
         Args:
             ids: (tokens,), int64.
             starts: (examples + 1,), int32: example i has the tokens starts[i] to starts[i + 1].
             types: token types, (tokens,), int64; 0 if None.
             threads: to compute with.
-            alpha: setting of the dial, of a plan with one. Tokens that went have their last states if the head reads
-                them, else only each example's first row has a meaning.
+            alpha: setting of the dial, of a plan with one.
 
         Raises:
             InvalidData: ids, lengths or types that the model does not read.

@@ -79,8 +79,9 @@ static void head_in_tiles(Rows qkv, const Attention& what, Rows to, int example,
     settle();
     const AttentionRun<uint16_t> run{qkv, to, what};
     float *held = found + (size_t)16 * width, *paid = run.begin_scores(held + padded, padded);
-    for (int i = 0; i < tokens; i += 16) {
-        const int count = least(16, tokens - i);
+    const int asking = least(tokens, what.queries_read);
+    for (int i = 0; i < asking; i += 16) {
+        const int count = least(16, asking - i);
         const Keys seen = run.seen_by(first, tokens, i, count, 32);
         const uint16_t* query = queries + (size_t)i * stride;  // rows behind the last token are read and not used
         for (int j = seen.begin; j < seen.padded; j += 16) {

@@ -28,8 +28,9 @@ struct AttentionRun {
             for (int d = 0; d < width; d++) turned[(size_t)d * padded + j] = one(keys + (size_t)j * qkv.stride + d);
         for (int d = 0; d < width; d++)
             for (int j = tokens; j < padded; j++) turned[(size_t)d * padded + j] = 0;
-        for (int i = 0; i < tokens; i += 4) {
-            const int count = least(4, tokens - i);
+        const int asking = least(tokens, what.queries_read);
+        for (int i = 0; i < asking; i += 4) {
+            const int count = least(4, asking - i);
             const Keys seen = seen_by(first, tokens, i, count, 2 * LANES);
             for (int d = 0; d < width; d++)
                 for (int r = 0; r < 4; r++)

@@ -18,6 +18,7 @@ class Tokens {
   public:
     Tokens(const int32_t* begins, int examples, const sec_dropping* given) : how(given) {
         starts.assign(begins, begins + examples + 1);
+        entered = count();
         if (how == nullptr) return;
         for (int i = 0; i < examples; i++) {
             lengths.push_back(starts[i + 1] - starts[i]);
@@ -30,14 +31,25 @@ class Tokens {
 
     int examples() const { return (int)starts.size() - 1; }
     int count() const { return starts.back(); }
+    bool all_there() const { return how == nullptr || count() == entered; }
 
-    // Whether a layer's attention is to score: it eliminates here, or its scores are averaged into later ones.
+    // Whether a layer's attention is to score: it has a choice, or its scores are averaged into later ones.
     bool scored(int layer) const {
         if (how == nullptr) return false;
         if (how->beta > 0) return true;
-        for (int i = 0; i < examples(); i++)
-            if (target(layer, i) < starts[i + 1] - starts[i]) return true;
+        for (int i = 0; i < examples(); i++) {
+            const int32_t wanted = target(layer, i);
+            if (wanted > how->first + how->last && wanted < starts[i + 1] - starts[i]) return true;
+        }
         return false;
+    }
+
+    // How many of each example's first tokens are all that a layer hands on; EVERY where others are among them.
+    int first_only(int layer) const {
+        if (how == nullptr || how->every) return EVERY;
+        for (int i = 0; i < examples(); i++)
+            if (target(layer, i) > how->first) return EVERY;
+        return how->first;
     }
 
     // Choose what a layer hands on. `scores`: of each head, `stride` apart, to be multiplied by `unit`; none where nothing
@@ -45,6 +57,9 @@ class Tokens {
     bool choose(int layer, const double* scores, int heads, int stride, float unit) {
         if (how == nullptr) return false;
         average(scores, heads, stride, unit);
+        bool shorter = false;
+        for (int i = 0; i < examples(); i++) shorter |= target(layer, i) < starts[i + 1] - starts[i];
+        if (!shorter) return false;
         kept.clear();
         std::vector<int32_t> order;
         std::vector<int32_t> now(1, 0);
@@ -68,7 +83,6 @@ class Tokens {
             std::sort(kept.begin() + (long)from, kept.end());
             now.push_back((int32_t)kept.size());
         }
-        if ((int)kept.size() == count()) return false;
         starts = now;
         gone.clear();
         for (size_t t = 0, next = 0; t < rows.size(); t++) {
@@ -142,6 +156,7 @@ class Tokens {
     }
 
     const sec_dropping* how;
+    int entered;                   // tokens
     std::vector<int32_t> lengths;  // as given
     std::vector<float> score;
 };

@@ -13,6 +13,7 @@ constexpr int WIDE = 32;    // outputs of a panel, what outputs are padded to
 constexpr int DEPTH = 64;   // inputs of a block of a panel, what inputs are padded to
 constexpr int BAND = 32;   // what rows of buffers are padded to
 constexpr int SLACK = 256;  // bytes that may be read beyond a buffer
+constexpr int EVERY = INT32_MAX;  // where tokens of an example are counted
 constexpr int SHORT = 4;    // texts of up to so many times the queries that score are scored by all of theirs
 
 static inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -78,6 +79,7 @@ struct Attention {
     int score_stride, queries;
     bool by_value, diagonal;  // weighted by the size of its value; with what it pays to itself
     const AttentionLevels* levels;  // null: rows are floats
+    int queries_read;               // of each example, the first ones: no context is wanted for others
 };
 
 typedef void (*Job)(void* what, int thread);

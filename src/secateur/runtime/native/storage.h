@@ -17,7 +17,6 @@
 #endif
 
 namespace secateur {
-namespace {
 
 constexpr size_t LARGE = 1 << 21;  // bytes of a large page
 constexpr double MASKED = 0.75;    // share of its bytes below which a map has to come for its zeros to be left out
@@ -191,5 +190,4 @@ class Storage {
     }
 };
 
-}  // namespace
 }  // namespace secateur

@@ -17,7 +17,6 @@
 #include "kernels.h"
 
 namespace secateur {
-namespace {
 
 constexpr int LOOKS = 1024;         // at what is waited for, before others are let on the core
 constexpr int LINGER = 4 * LOOKS;   // looks after a pass before a thread goes to sleep: a fifth of a millisecond
@@ -136,5 +135,4 @@ struct Workers : Team {
     static void hand_out(Team& team, Job job, void* what) { ((Workers&)team).crew->share(job, what); }
 };
 
-}  // namespace
 }  // namespace secateur
