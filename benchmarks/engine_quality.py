@@ -1,14 +1,16 @@
 """The native engine's logits and metric against the model's own, on whole validation sets.
 
     python benchmarks/engine_quality.py
+    python benchmarks/engine_quality.py --tasks sst2 --trained out    # a folder that `compress --method late` wrote
 
 The dial is LATE's profile of 512 training rows, without training: what counts is that both eliminate the same tokens.
-Cosines are of all logits of a validation set.
+Or it is that of a trained model. Cosines are of all logits of a validation set.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import torch
@@ -41,20 +43,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb"])
     parser.add_argument("--speedups", nargs="+", type=float, default=[1.0, 1.5, 2.0])
+    parser.add_argument("--trained", help="folder of a model with a dial, of the one task")
     args = parser.parse_args()
-    rows = []
-    for name in args.tasks:
+    path = HERE / "results" / "engine_quality.json"
+    names = [f"{name}, trained dial" if args.trained else name for name in args.tasks]
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = [row for row in kept if row["task"] not in names]
+    for name, label in zip(args.tasks, names, strict=True):
         model, tokenizer, task = real(name)
-        inputs = list(batches(task, "train", tokenizer, batch_size=32, limit=512))
-        edit = Late().edit(model, inputs, tokens=64)
-        apply_edits(model, [edit])
-        hub.attach(model, [edit])
+        if args.trained:
+            model = hub.open_any(args.trained).eval()
+        else:
+            inputs = list(batches(task, "train", tokenizer, batch_size=32, limit=512))
+            edit = Late().edit(model, inputs, tokens=64)
+            apply_edits(model, [edit])
+            hub.attach(model, [edit])
         columns = [task.split("validation")[column] for column in task.text_columns]
         texts = [text[0] if len(text) == 1 else text for text in zip(*columns, strict=True)]
         for speedup in args.speedups:
             dial_of(model).speedup = speedup
             wanted = evaluate(model, tokenizer, task)
-            row = {"task": name, "speedup": speedup, "torch": wanted.metrics[task.metric]}
+            row = {"task": label, "speedup": speedup, "torch": wanted.metrics[task.metric]}
             for precision in PRECISIONS:
                 with load(model, precision, tokenizer=tokenizer) as engine:
                     logits = torch.cat([engine(texts[i : i + 64]) for i in range(0, len(texts), 64)])
@@ -64,7 +73,7 @@ def main() -> None:
                 row[f"{precision} apart"] = float((logits - wanted.logits).abs().max())
             rows.append(row)
             print(row, flush=True)
-    write(HERE / "results" / "engine_quality.json", {"setting": setting(), "rows": rows})
+    write(path, {"setting": setting(), "rows": rows})
 
 
 if __name__ == "__main__":

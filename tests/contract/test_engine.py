@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -383,6 +384,46 @@ def test_encoded_checks_what_it_is_given() -> None:
     for count in (0, 1000, None):
         with pytest.raises(SecateurError, match="from 1 to 256"):
             engine.threads = count  # type: ignore[assignment]
+
+
+def test_a_call_under_way_ends_when_the_engine_is_closed() -> None:
+    """The head, too, runs before memory goes."""
+    model, rows = wide_model(), examples([9, 30])
+    engine = load(model, "fp32")
+    wanted, run, closer = engine(rows), engine.encoder.run, threading.Thread(target=engine.close)
+
+    def closing(*given: Any) -> Tensor:
+        hidden = run(*given)
+        closer.start()
+        while engine.encoder._open:  # type: ignore[attr-defined]
+            pass
+        return hidden
+
+    engine.encoder.run = closing  # type: ignore[method-assign]
+    assert torch.equal(engine(rows), wanted)
+    closer.join()
+    with pytest.raises(SecateurError, match="closed"):
+        engine(rows)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_a_fork_beside_a_call_can_close() -> None:
+    """The child does not wait for the call of a thread that it does not have."""
+    code = """
+import os, sys
+from tests.contract.test_engine import examples, wide_model
+from secateur.runtime import load
+engine = load(wide_model(), "fp32", threads=2)
+with engine.encoder.call():
+    child = os.fork()
+    if child == 0:
+        engine(examples([9, 30]))
+        engine.close()
+        os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_fork_computes() -> None:

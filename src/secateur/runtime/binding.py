@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -93,6 +95,18 @@ class _Dropping(ctypes.Structure):
     ]
 
 
+_ENCODERS: weakref.WeakSet[NativeEncoder] = weakref.WeakSet()
+
+
+def _forget_calls() -> None:
+    for each in _ENCODERS:
+        each.forget_calls()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_calls)
+
+
 class NativeEncoder:
     """The layers in C++, with weights packed for the instructions of a tier.
 
@@ -103,6 +117,7 @@ class NativeEncoder:
     def __init__(self, plan: Plan, precision: Precision, tier: str | None) -> None:
         self._library = library()
         self._lock, self._calls, self._open = threading.Condition(), 0, True
+        _ENCODERS.add(self)
         config = _Config(
             plan.hidden,
             len(plan.layers),
@@ -156,18 +171,17 @@ class NativeEncoder:
         """See `Encoder`."""
         given = len(starts) - 1, threads
         found = torch.empty(len(ids), self._tables.width)
-        with self._call():
-            places = _pointer(starts, torch.int32)
-            tables, pointers = ctypes.byref(self._tables), (_pointer(ids), _pointer(types), places)
-            wrong = self._library.sec_embed(self._handle, tables, *pointers, given[0], _floats(found), given[1])
-            if wrong == 4:
-                raise SecateurError(_SHORT)
-            if wrong:
-                raise out_of_range(self._plan, wrong)
-            if self._plan.project is not None:
-                found = self.mapped(found, self._plan.project, threads)
-            if self._library.sec_run(self._handle, _floats(found), places, *given, self._dropping(alpha)):
-                raise SecateurError(_SHORT)
+        places = _pointer(starts, torch.int32)
+        tables, pointers = ctypes.byref(self._tables), (_pointer(ids), _pointer(types), places)
+        wrong = self._library.sec_embed(self._handle, tables, *pointers, given[0], _floats(found), given[1])
+        if wrong == 4:
+            raise SecateurError(_SHORT)
+        if wrong:
+            raise out_of_range(self._plan, wrong)
+        if self._plan.project is not None:
+            found = self.mapped(found, self._plan.project, threads)
+        if self._library.sec_run(self._handle, _floats(found), places, *given, self._dropping(alpha)):
+            raise SecateurError(_SHORT)
         return found
 
     def mapped(self, x: Tensor, affine: LinearMap, threads: int) -> Tensor:
@@ -176,13 +190,12 @@ class NativeEncoder:
         if number is None or isinstance(affine, BinaryAffine):
             return mapped(x, affine)
         x, found = x.contiguous(), x.new_empty(len(x), len(affine.weight))
-        with self._call():
-            if self._library.sec_apply(self._handle, number, _floats(x), len(x), _floats(found), threads):
-                raise SecateurError(_SHORT)
+        if self._library.sec_apply(self._handle, number, _floats(x), len(x), _floats(found), threads):
+            raise SecateurError(_SHORT)
         return found
 
     def _dropping(self, alpha: float) -> Any:
-        """How tokens go at a setting of the dial; null where none does.
+        """How tokens go at a setting of the dial; null where all stay.
 
         Of a head that reads first tokens, others go as soon as no attention looks at them any more, at any setting.
         """
@@ -200,8 +213,8 @@ class NativeEncoder:
         return ctypes.byref(_Dropping((ctypes.c_double * len(kept))(*kept), *how, int(every)))
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
-        """Within the context the engine stays open."""
+    def call(self) -> Iterator[None]:
+        """See `Encoder`."""
         with self._lock:
             if not self._open:
                 raise SecateurError("The engine is closed: load it again.")
@@ -225,6 +238,10 @@ class NativeEncoder:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) and self._open:
             self.close()
+
+    def forget_calls(self) -> None:
+        """In a process that was forked: calls of threads that it does not have never end."""
+        self._lock, self._calls = threading.Condition(), 0
 
 
 def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.int64) -> ctypes.c_void_p:

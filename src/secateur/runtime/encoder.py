@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -51,8 +52,16 @@ class Encoder(Protocol):
         """What one of the plan's maps beside the layers makes of rows (rows, in): (rows, out) in float32."""
         ...
 
+    def call(self) -> AbstractContextManager[None]:
+        """Within it the encoder stays open: what is run and mapped for one result belongs into one call.
+
+        Raises:
+            SecateurError: it is closed.
+        """
+        ...
+
     def close(self) -> None:
-        """Give memory back."""
+        """Take no more calls, and give memory back once those under way have ended."""
         ...
 
 
@@ -103,6 +112,10 @@ class TorchEncoder:
     def mapped(self, x: Tensor, affine: LinearMap, threads: int) -> Tensor:
         """See `Encoder`; threads are torch's."""
         return mapped(x, affine)
+
+    def call(self) -> AbstractContextManager[None]:
+        """Nothing is held."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing is held."""

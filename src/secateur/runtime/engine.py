@@ -185,12 +185,13 @@ class Engine:
         if int(lengths.min()) < 1 or int(lengths.max()) > plan.longest:
             raise out_of_range(plan, 2)
         starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
-        hidden = self.encoder.run(ids, starts, types, self.threads, self._alpha)
-        return self._logits(_read(plan.head, hidden, starts))
+        with self.encoder.call():
+            hidden = self.encoder.run(ids, starts, types, self.threads, self._alpha)
+            return self._logits(plan, _read(plan.head, hidden, starts))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, plan: Plan, hidden: Tensor) -> Tensor:
         """What the head makes of the states that it reads."""
-        plan, head = self.plan, self.plan.head
+        head = plan.head
         for number, each in enumerate(head.maps):
             if number:
                 hidden = _activated(hidden, head.activation)

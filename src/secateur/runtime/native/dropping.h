@@ -36,7 +36,7 @@ class Tokens {
     // Whether a layer's attention is to score: it has a choice, or its scores are averaged into later ones.
     bool scored(int layer) const {
         if (how == nullptr) return false;
-        if (how->beta > 0) return true;
+        if (how->beta > 0) return first_only(layer) == EVERY;
         for (int i = 0; i < examples(); i++) {
             const int32_t wanted = target(layer, i);
             if (wanted > how->first + how->last && wanted < starts[i + 1] - starts[i]) return true;

@@ -209,7 +209,7 @@ struct sec_encoder {
             double* scores = attends && tokens.scored(index) ? (double*)work.scores.get() : nullptr;
             const float unit = given.rounded ? layer.levels.probabilities.alpha : 1;
             const Rows context{work.context.get(), up_to(given.heads * given.head_width, 16), half()};
-            // Tokens go where they are scored; if their last states are wanted, once they have these.
+            // Tokens go behind the attention that scores them; if their last states are wanted, once they have these.
             auto drop = [&] {
                 if (!tokens.choose(index, scores, given.heads, given_rows, unit)) return;
                 if (every)

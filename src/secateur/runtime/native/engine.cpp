@@ -50,12 +50,16 @@ static void look_up(const sec_tables& tables, int64_t id, float* row) {
     }
 }
 
-// Tokens that may enter together, so that about CHUNK of them are there in the middle layers.
+// Tokens that may enter together, so that about CHUNK of them are there in the middle layers. Those that hand on first
+// tokens alone come last and do not count.
 static int32_t entering(int layers, const sec_dropping* dropping) {
-    if (dropping == nullptr || layers == 0) return CHUNK;
     double sum = 0;
-    for (int i = 0; i < layers; i++) sum += dropping->shares[i];
-    return sum * MOST_ENTERING > CHUNK * layers ? (int)(CHUNK * layers / sum) : MOST_ENTERING;
+    int counted = 0;
+    for (int i = 0; dropping != nullptr && i < layers; i++) {
+        sum += dropping->shares[i];
+        counted += dropping->shares[i] > 0;
+    }
+    return counted == 0 ? CHUNK : least(MOST_ENTERING, (int)(CHUNK * counted / sum));
 }
 
 extern "C" {

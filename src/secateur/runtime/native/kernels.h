@@ -13,7 +13,7 @@ constexpr int WIDE = 32;    // outputs of a panel, what outputs are padded to
 constexpr int DEPTH = 64;   // inputs of a block of a panel, what inputs are padded to
 constexpr int BAND = 32;   // what rows of buffers are padded to
 constexpr int SLACK = 256;  // bytes that may be read beyond a buffer
-constexpr int EVERY = INT32_MAX;  // where tokens of an example are counted
+constexpr int EVERY = INT32_MAX;  // as a number of an example's tokens: no limit
 constexpr int SHORT = 4;    // texts of up to so many times the queries that score are scored by all of theirs
 
 static inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -76,7 +76,8 @@ typedef struct {
     sec_norm norm;
 } sec_tables;
 
-// How layers hand on fewer and fewer tokens: each example the best of its own, by the attention that they get.
+// How layers hand on fewer and fewer tokens: each example the best of its own, by the attention that they get, beside those
+// at its ends. A share of 0 is for layers behind which nothing but these is read.
 typedef struct {
     const double* shares;        // of each layer: how many of an example's tokens it hands on
     int32_t first, last;         // tokens at the ends that always stay

@@ -35,7 +35,8 @@ class Crew {
     explicit Crew(int count) {
         sigset_t all, before;
         sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the threads that there were
+        for (int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS}) sigdelset(&all, own);  // which a thread causes itself
+        pthread_sigmask(SIG_SETMASK, &all, &before);  // others are for the threads that there were
         try {
             for (int thread = 1; thread < count; thread++) threads.emplace_back([this, thread] { work(thread); });
         } catch (const std::exception&) {  // fewer then: no thread or no memory for one
