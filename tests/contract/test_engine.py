@@ -400,8 +400,16 @@ def test_a_call_under_way_ends_when_the_engine_is_closed() -> None:
         return hidden
 
     engine.encoder.run = closing  # type: ignore[method-assign]
+    encoded = engine.encoded
+
+    def closed_behind(*given: Any) -> Tensor:
+        logits = encoded(*given)
+        closer.join()
+        return logits
+
+    engine.encoded = closed_behind  # type: ignore[method-assign]
     assert torch.equal(engine(rows), wanted)
-    closer.join()
+    engine.encoded = encoded  # type: ignore[method-assign]
     with pytest.raises(SecateurError, match="closed"):
         engine(rows)
 

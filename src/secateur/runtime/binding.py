@@ -232,7 +232,7 @@ class NativeEncoder:
             if not self._open:
                 return
             self._open = False
-            self._lock.wait_for(lambda: self._calls == 0)
+            self._lock.wait_for(lambda: self._calls <= 0)
         self._library.sec_close(self._handle)
 
     def __del__(self) -> None:

@@ -153,6 +153,7 @@ class Engine:
             InvalidData: what is no list of texts or ids, ids out of range, padding, an example without tokens or longer
                 than the model reads, or texts without a tokenizer.
         """
+        first = self.plan.head.first
         ids, types = self._encoded(batch)
         lengths = [len(row) for row in ids]
         logits = self.encoded(
@@ -160,7 +161,7 @@ class Engine:
             torch.tensor(lengths, dtype=torch.long),
             torch.tensor([i for row in types for i in row], dtype=torch.long) if types is not None else None,
         )
-        return logits if self.plan.head.first else list(logits.split(lengths))
+        return logits if first else list(logits.split(lengths))
 
     @torch.no_grad()
     def encoded(self, ids: Tensor, lengths: Tensor, types: Tensor | None = None) -> Tensor:

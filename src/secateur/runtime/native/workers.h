@@ -90,7 +90,7 @@ class Crew {
         cpu_set_t others;
         if (sched_getaffinity(0, sizeof others, &others) != 0) return;
         CPU_CLR(sched_getcpu(), &others);
-        if (CPU_COUNT(&others) == 0) return;
+        if (CPU_COUNT(&others) < (int)threads.size()) return;  // some will have to share a core
         for (std::thread& thread : threads) pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
 #endif
     }
