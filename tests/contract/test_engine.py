@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -414,7 +413,6 @@ def test_a_call_under_way_ends_when_the_engine_is_closed() -> None:
         engine(rows)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 def test_a_fork_beside_a_call_can_close() -> None:
     """The child does not wait for the call of a thread that it does not have."""
     code = """
